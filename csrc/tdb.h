@@ -1,0 +1,368 @@
+/*
+ * tdb.h - the public interface of the tracedbg replay core.
+ *
+ * The text between the two cffi markers is handed to cffi as it stands, so it holds no macros, attributes or bit-fields.
+ *
+ * Rules of the interface
+ *   - A handle is used by one thread at a time.  There are no globals, threads or callbacks.
+ *   - Functions return a value >= 0 on success and a negative enum tdb_status on failure; out-parameters come last and are
+ *     untouched on failure.
+ *   - tdb_open() borrows the event, payload and memory buffers until tdb_close(); the layout is copied.
+ *   - Addresses are guest linear addresses; ranges are [lo, hi).  "Event" numbers are indices into the event array.
+ *     A position p is the state after the first p events, 0 <= p <= count.
+ */
+#ifndef TRACEDBG_TDB_H
+#define TRACEDBG_TDB_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* cffi: begin */
+enum tdb_status {
+	TDB_OK = 0,
+	TDB_E_NOMEM = -1,  /* allocation failed */
+	TDB_E_ARG = -2,    /* an argument is NULL, out of range or of another ABI */
+	TDB_E_RANGE = -3,  /* a position or index lies outside the trace */
+	TDB_E_EVENT = -4,  /* an event cannot be interpreted: unknown kind or CPU out of range */
+	TDB_E_LIMIT = -5   /* a limit of struct tdb_config was reached */
+};
+
+enum tdb_kind {
+	TDB_DELIVER = 1,   /* an interrupt or exception was delivered (flag FAILED: was tried) */
+	TDB_ENTER = 2,     /* the state after a delivery, where the source has it */
+	TDB_RETURN = 3,    /* IRET, ERETU, ERETS: addr/value/cs/ss/rflags = popped rip/rsp/cs/ss/rflags, rsp = the frame */
+	TDB_WRITE = 4,     /* software stored arg bytes at addr */
+	TDB_READ = 5,      /* software loaded arg bytes from addr */
+	TDB_MOVE = 6,      /* software copied a frame: addr -> value */
+	TDB_SETSP = 7,     /* software changed RSP: addr -> value */
+	TDB_TSS = 8,       /* TSS slot arg (0-2 RSPn, 9-15 IST1-7) := value */
+	TDB_GATE = 9,      /* gate arg := handler value, code = raw high dword of gate bytes 4-7 */
+	TDB_LTR = 10,      /* TR base := value */
+	TDB_LIDT = 11,     /* IDT base := value */
+	TDB_SYSCALL = 12,
+	TDB_SYSRET = 13,
+	TDB_SYSENTER = 14,
+	TDB_RAISE = 15,    /* a request (vector arg, source) was made or latched */
+	TDB_UNBLOCK = 16,  /* NMI blocking ended by something other than a return */
+	TDB_SMI = 17,
+	TDB_RSM = 18,
+	TDB_MSR = 19,      /* MSR code := value */
+	TDB_CR = 20,       /* CR arg := value */
+	TDB_GS = 21,       /* SWAPGS or GS base change */
+	TDB_FLAGS = 22,    /* RFLAGS := rflags */
+	TDB_SHADOW = 23,   /* STI (arg 0) or MOV SS (arg 1) shadow begins */
+	TDB_EOI = 24,
+	TDB_TOKEN = 25,    /* shadow-stack token at addr := value */
+	TDB_VMEXIT = 26,
+	TDB_VMENTRY = 27,
+	TDB_MODE = 28,     /* arg 0 real, 1 protected 32-bit, 2 long */
+	TDB_INIT = 29,     /* RESET (arg 0) or INIT (arg 1) */
+	TDB_SHUTDOWN = 30, /* the CPU shut down; arg: enum tdb_shutdown */
+	TDB_GAP = 31,      /* records were lost; value = how many, if known; cpu unknown: all CPUs */
+	TDB_MARK = 32
+};
+
+enum tdb_source {      /* where a delivery came from */
+	TDB_SRC_UNKNOWN = 0,
+	TDB_SRC_EXCEPTION = 1,
+	TDB_SRC_NMI = 2,
+	TDB_SRC_MC = 3,
+	TDB_SRC_SOFT_INT = 4,  /* INT n, INT3, INTO: code = instruction length, added to rip in the frame */
+	TDB_SRC_FIXED = 5,     /* local APIC */
+	TDB_SRC_EXTINT = 6,    /* 8259 */
+	TDB_SRC_INJECTED = 7,
+	TDB_SRC_EXTERNAL = 8   /* FIXED or EXTINT, unknown which */
+};
+
+enum tdb_known {       /* bit set: that field of the event is valid */
+	TDB_K_TIME = 1, TDB_K_RIP = 2, TDB_K_RSP = 4, TDB_K_ADDR = 8, TDB_K_VALUE = 16, TDB_K_RFLAGS = 32, TDB_K_CODE = 64,
+	TDB_K_SOURCE_INDEX = 128, TDB_K_CPU = 256, TDB_K_CS = 512, TDB_K_SS = 1024, TDB_K_ARG = 2048, TDB_K_SOURCE = 4096
+};
+
+enum tdb_event_flag {
+	TDB_F_FAILED = 1,   /* deliver: an attempt that died before the handler; addr = 8-byte words it stored, if known */
+	TDB_F_FAULTED = 2,  /* return: faulted */
+	TDB_F_PARTIAL = 4,  /* the source's record was damaged; unknown fields are cleared in `known` */
+	TDB_F_EXT = 8,      /* external event bit of an error code */
+	TDB_F_SMM = 16,     /* happened in SMM */
+	TDB_F_BYTES = 32,   /* value = offset of the bytes in the BYTES section; for write/read code = length */
+	TDB_F_LEGACY = 64   /* not in long mode: counted, not judged */
+};
+
+enum tdb_shutdown { TDB_SHUT_TRIPLE_FAULT = 0, TDB_SHUT_MCIP = 1, TDB_SHUT_MCE_OFF = 2, TDB_SHUT_OTHER = 3 };
+
+struct tdb_event {
+	uint64_t time, rip, rsp, addr, value;
+	uint32_t rflags, code, source_index;
+	uint16_t cpu, cs, ss, known;
+	uint8_t kind, arg, source, flags;
+};
+
+/* -- layout ------------------------------------------------------------------------------------------------------- */
+enum tdb_gate_flag { TDB_GATE_KNOWN = 1, TDB_GATE_PRESENT = 2 };
+
+struct tdb_gate {
+	uint64_t offset;
+	uint16_t selector;
+	uint8_t ist;    /* 0-7 */
+	uint8_t type;   /* 0xe interrupt gate, 0xf trap gate */
+	uint8_t dpl;
+	uint8_t flags;  /* enum tdb_gate_flag */
+	uint16_t reserved;
+};
+
+struct tdb_idt {
+	uint64_t base;
+	struct tdb_gate gate[256];
+};
+
+struct tdb_tss {
+	uint64_t base;
+	uint64_t rsp[3];
+	uint64_t ist[8];   /* [0] unused */
+	uint32_t known;    /* bit n: rsp[n]; bit 8+n: ist[n] */
+	uint32_t reserved;
+};
+
+struct tdb_cpu_layout {
+	int32_t tss;   /* index of the TSS loaded at the start, -1 unknown */
+	int32_t idt;   /* index of the IDT loaded at the start, -1 unknown */
+};
+
+enum tdb_region_kind {
+	TDB_REGION_STACK = 0,   /* a stack; slot = 1-7 IST, 8 RSP0, 0 other */
+	TDB_REGION_USER = 1,    /* memory of CPL3 */
+	TDB_REGION_STORES = 2,  /* every software store into it is recorded */
+	TDB_REGION_READS = 3    /* every software load from it is recorded */
+};
+
+struct tdb_region {
+	uint64_t lo, hi;
+	uint16_t cpu;
+	uint8_t kind;
+	uint8_t slot;
+	uint32_t reserved;
+};
+
+struct tdb_memory {    /* initial contents */
+	uint64_t addr, length;
+	const uint8_t *bytes;
+};
+
+enum tdb_fidelity {
+	TDB_FID_RETURNS = 1,    /* every return of every CPU is recorded */
+	TDB_FID_SS_ZEROED = 2   /* the source zeroes SS on an IST switch (QEMU TCG): no mismatch */
+};
+
+struct tdb_layout {
+	const struct tdb_tss *tss;
+	const struct tdb_idt *idt;
+	const struct tdb_cpu_layout *cpu;
+	const struct tdb_region *region;
+	const struct tdb_memory *memory;
+	uint32_t tss_count, idt_count, cpu_count, region_count, memory_count;
+	uint32_t fidelity;
+};
+
+struct tdb_config {
+	uint32_t size;               /* sizeof(struct tdb_config) */
+	uint32_t snapshot_interval;  /* events between snapshots at first; doubles when there are too many */
+	uint32_t max_snapshots;
+	uint32_t max_pages;          /* stack pages kept; the least recently written are forgotten beyond it */
+	uint32_t max_frames;         /* open frames kept */
+	uint32_t max_findings;       /* kept; further ones are only counted */
+	uint32_t iret_fault_unblocks;/* 1: a faulting IRET unblocks NMIs (SDM Vol. 3A 6.7.1); 0: it does not */
+	uint32_t reserved;
+};
+
+/* -- results ------------------------------------------------------------------------------------------------------- */
+enum tdb_cpu_known {
+	TDB_CK_RIP = 1, TDB_CK_RSP = 2, TDB_CK_CS = 4, TDB_CK_SS = 8, TDB_CK_RFLAGS = 16, TDB_CK_NMI = 32, TDB_CK_MCIP = 64,
+	TDB_CK_USER_RSP = 128
+};
+
+struct tdb_cpu {
+	uint64_t rip, rsp, user_rsp;       /* user_rsp: RSP last seen at CPL3 */
+	uint32_t rflags, known;            /* known: enum tdb_cpu_known */
+	uint32_t event;                    /* last event of this CPU, UINT32_MAX none */
+	uint32_t nmi_since;                /* the delivery that blocked NMIs */
+	uint32_t nmi_unblocked_by;         /* event that showed the end of blocking, UINT32_MAX none */
+	uint32_t nmi_unblock_frame;        /* entry event of the frame whose return did it, UINT32_MAX unknown */
+	int32_t tss, idt;                  /* current tables, -1 unknown */
+	uint16_t cs, ss;
+	uint8_t nmi_blocked, nmi_pending, mcip, gap;
+};
+
+enum tdb_frame_status {
+	TDB_FRAME_LIVE = 0,       /* open: its context is still to be resumed, as far as known */
+	TDB_FRAME_CLOBBERED = 1,  /* open, and another delivery stored over it */
+	TDB_FRAME_MOVED = 2       /* open, and software copied it away (a move event) */
+};
+
+enum tdb_settle {      /* why a frame stopped being open */
+	TDB_SETTLE_RETURN = 0,     /* a recorded return popped it */
+	TDB_SETTLE_COPY = 1,       /* a recorded return popped a copy of it */
+	TDB_SETTLE_CONTEXT = 2,    /* its saved RIP and RSP were seen again */
+	TDB_SETTLE_ABOVE = 3,      /* RSP was seen on the saved stack at or above the saved RSP */
+	TDB_SETTLE_IF = 4,         /* code with IF=1 ran off its stack though its gate clears IF */
+	TDB_SETTLE_CPL3 = 5,       /* the CPU ran at CPL3 */
+	TDB_SETTLE_POPPED = 6,     /* RSP was seen above it on its own stack */
+	TDB_SETTLE_OVERWRITTEN = 7,/* an open frame was overwritten (clobber) */
+	TDB_SETTLE_DROPPED = 8,    /* forgotten because of a limit */
+	TDB_SETTLE_COUNT = 9
+};
+
+struct tdb_context {
+	uint64_t rip, rsp, rflags, code;   /* code: error code, if pushed */
+	uint16_t cs, ss;
+	uint32_t known;                    /* enum tdb_known bits RIP RSP RFLAGS CODE CS SS */
+};
+
+struct tdb_frame {
+	uint64_t lo, hi;           /* bytes of the frame; hi = the aligned top */
+	struct tdb_context saved;  /* what the delivery stored */
+	uint64_t stack_lo, stack_hi;
+	uint32_t entry;            /* the delivery */
+	uint32_t clobbered_by;     /* newest delivery that stored over it, UINT32_MAX none */
+	uint32_t finding;          /* finding of that overwrite, UINT32_MAX none */
+	uint32_t victim;           /* entry of the open frame that this one overwrote, UINT32_MAX none */
+	uint16_t cpu;
+	uint8_t vector, source, ist, status, has_code, gate_type;
+};
+
+struct tdb_word {
+	uint64_t addr, value;
+	uint32_t writer[8];    /* event that wrote each byte; UINT32_MAX: initial contents */
+	uint8_t known;         /* bit b: byte b is known */
+	uint8_t reserved[7];
+};
+
+enum tdb_stack_flag { TDB_STACK_NAMED = 1 };
+
+struct tdb_stack {
+	uint64_t lo, hi;
+	uint32_t frames;   /* open frames on it */
+	uint16_t cpu;
+	uint8_t slot;      /* 1-7 IST, 8 RSP0, 0 other */
+	uint8_t flags;     /* enum tdb_stack_flag */
+};
+
+enum tdb_rule {
+	TDB_R_FRAME_CLOBBERED = 0,
+	TDB_R_FRAME_CONSUMED_CORRUPT = 1,
+	TDB_R_RESUME_LOOP = 2,
+	TDB_R_FRAME_RELOCATED = 3,
+	TDB_R_FRAME_SAME_BYTES = 4,
+	TDB_R_USER_STACK = 5,
+	TDB_R_FAKE_NMI = 6,
+	TDB_R_FAKE_MCE = 7,
+	TDB_R_DOUBLE_FAULT = 8,
+	TDB_R_SHUTDOWN = 9,
+	TDB_R_TRACE_GAP = 10,
+	TDB_R_MODEL_MISMATCH = 11
+};
+
+enum tdb_evidence { TDB_EV_UNKNOWN = 0, TDB_EV_INFERRED = 1, TDB_EV_COMPUTED = 2, TDB_EV_RECORDED = 3 };
+
+enum tdb_cause {       /* why the writer could come while the victim was open */
+	TDB_CAUSE_NONE = 0,
+	TDB_CAUSE_NMI_UNBLOCKED = 1,     /* a return unblocked NMIs: cause_event, cause_frame */
+	TDB_CAUSE_NMI_NEVER_BLOCKED = 2, /* the victim was not a genuine NMI, so NMIs were not blocked */
+	TDB_CAUSE_NMI_UNKNOWN = 3,       /* NMIs were blocked as far as known; what unblocked them is not recorded */
+	TDB_CAUSE_MC_UNMASKED = 4,       /* #MC is held off only by MCIP */
+	TDB_CAUSE_MASKABLE = 5,          /* a maskable interrupt: IF was 1 in the victim's handler */
+	TDB_CAUSE_SOFTWARE = 6,          /* software raised it (INT n, an exception) inside the victim's handler */
+	TDB_CAUSE_OTHER_CPU = 7          /* another CPU's TSS names the same stack */
+};
+
+enum tdb_mismatch {    /* model-mismatch: what differs; in tdb_finding.detail */
+	TDB_MM_ENTER_RSP = 1, TDB_MM_ENTER_RIP = 2, TDB_MM_ENTER_CS = 4, TDB_MM_NMI_BLOCKED = 8, TDB_MM_IF_CLEAR = 16
+};
+
+struct tdb_finding {
+	uint8_t rule;              /* enum tdb_rule: the final word of the scan */
+	uint8_t raised_rule;       /* the rule as raised, before it was settled */
+	uint8_t evidence;          /* enum tdb_evidence of the raised fact */
+	uint8_t settled_evidence;  /* of the settling fact */
+	uint8_t cause;             /* enum tdb_cause */
+	uint8_t slots;             /* bit: 0 rip 1 cs 2 rflags 3 rsp 4 ss 5 error code; slots overwritten */
+	uint8_t differ;            /* the same bits: slots whose value differs */
+	uint8_t detail;            /* shutdown reason, mismatch bits */
+	uint32_t event;            /* where it was raised */
+	uint32_t settled;          /* where it was settled, UINT32_MAX never */
+	uint32_t consumer;         /* the return that consumed it, UINT32_MAX none */
+	uint32_t cause_event;      /* enum tdb_cause says what, UINT32_MAX none */
+	uint32_t cause_frame;
+	uint32_t count;            /* how often, for rules that are folded */
+	uint16_t cpu;
+	uint16_t settled_by;       /* enum tdb_settle, when settled by seeing the victim run */
+	uint64_t lo, hi;           /* the bytes overwritten, or the frame concerned */
+	struct tdb_frame victim;   /* as it was stored; entry UINT32_MAX: none */
+	struct tdb_frame writer;   /* entry UINT32_MAX: none */
+	struct tdb_context popped; /* what the consumer popped */
+};
+
+struct tdb_stats {
+	uint64_t events, deliveries, judged, unjudged, legacy, failed, returns, writes, gaps;
+	uint64_t findings;                     /* raised, kept or not */
+	uint64_t settled[9];                   /* frames on IST stacks by enum tdb_settle */
+	uint64_t ist_deliveries[8];            /* deliveries by IST number; [0] without */
+	uint64_t open_at_end;                  /* clobbered frames whose fate is open */
+	uint64_t pages_forgotten, bad_events;
+	uint32_t snapshots, pages, frames, interval;
+};
+
+typedef struct tdb_replay tdb_replay;
+
+/** ABI number; a caller compares it with the one it was built for. */
+int tdb_abi(void);
+/** English text of a status; never NULL. */
+const char *tdb_strerror(int status);
+/** Fill in size and defaults. */
+void tdb_config_init(struct tdb_config *ret);
+/** Open a replay of count events.  Borrows events, bytes and layout->memory bytes until tdb_close().
+ *  cpus: CPUs of the trace, 1-4096.  Errors: NOMEM, ARG, LIMIT (count >= 2^32-1). */
+int tdb_open(const struct tdb_config *cfg, const struct tdb_event *events, uint64_t count, uint32_t cpus,
+	     const uint8_t *bytes, uint64_t bytes_size, const struct tdb_layout *layout, tdb_replay **ret);
+/** Close; NULL is fine. */
+void tdb_close(tdb_replay *r);
+/** Go on with the forward pass by at most max events; returns how many were taken, 0 at the end.  Errors: NOMEM, EVENT. */
+int64_t tdb_scan(tdb_replay *r, uint64_t max);
+/** Events covered by the forward pass. */
+uint64_t tdb_scanned(const tdb_replay *r);
+/** Move the view to a position in steps of at most max events; returns the events still to go (0: there).
+ *  Errors: NOMEM, RANGE, EVENT. */
+int64_t tdb_seek_some(tdb_replay *r, uint64_t position, uint64_t max);
+/** The position of the view. */
+uint64_t tdb_position(const tdb_replay *r);
+/** The index of the event that TDB_E_EVENT spoke of. */
+uint64_t tdb_bad_event(const tdb_replay *r);
+/** State of one CPU in the view.  Errors: RANGE. */
+int tdb_get_cpu(const tdb_replay *r, uint32_t cpu, struct tdb_cpu *ret);
+/** Current value of the TSS of a CPU in the view.  Errors: RANGE (no such CPU, or TSS unknown). */
+int tdb_get_tss(const tdb_replay *r, uint32_t cpu, struct tdb_tss *ret);
+/** The gate that a CPU would use for a vector.  Errors: RANGE. */
+int tdb_get_gate(const tdb_replay *r, uint32_t cpu, uint32_t vector, struct tdb_gate *ret);
+/** Stacks: the named ones, then others with open frames, by address.  Fills at most cap, returns the total. */
+int64_t tdb_get_stacks(const tdb_replay *r, struct tdb_stack *ret, uint64_t cap);
+/** Open frames in entry order.  Fills at most cap, returns the total. */
+int64_t tdb_get_frames(const tdb_replay *r, struct tdb_frame *ret, uint64_t cap);
+/** Words with a known byte in [lo, hi), by address; lo is rounded down to 8.  Fills at most cap, returns the total. */
+int64_t tdb_get_words(const tdb_replay *r, uint64_t lo, uint64_t hi, struct tdb_word *ret, uint64_t cap);
+/** Findings from number first on, in the order raised, as far as scanned.  Fills at most cap, returns the total kept. */
+int64_t tdb_get_findings(const tdb_replay *r, uint64_t first, struct tdb_finding *ret, uint64_t cap);
+/** How many of those findings had been raised at the view's position. */
+int64_t tdb_findings_raised(const tdb_replay *r);
+/** The frame that the delivery of the last applied event stored; RANGE if the last event of the view was not a judged
+ *  delivery. */
+int tdb_get_last_frame(const tdb_replay *r, struct tdb_frame *ret);
+/** Digest of the view's state; docs/format of the hashed words: tests/model.py digest().  Errors: NOMEM. */
+int tdb_digest(const tdb_replay *r, uint64_t *ret);
+/** Counters of the forward pass. */
+int tdb_get_stats(const tdb_replay *r, struct tdb_stats *ret);
+/** Search for an event from `from` on (dir +1 or -1, from included): kind_mask bit (kind-1), vector -1 any, cpu -1 any.
+ *  Looks at most at max events.  Returns the index, -3 (TDB_E_RANGE) if none was found. */
+int64_t tdb_find(const tdb_replay *r, uint64_t from, int dir, uint64_t kind_mask, int vector, int cpu, uint64_t max);
+/* cffi: end */
+
+#endif

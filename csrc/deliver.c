@@ -1,0 +1,300 @@
+/* deliver.c - IDT delivery: which stack, where the frame goes, what it holds (semantics R1-R8), and what follows from it. */
+#include "core.h"
+
+#define CONTEXT_BITS (TDB_K_RIP | TDB_K_RSP | TDB_K_RFLAGS | TDB_K_CS | TDB_K_SS)
+
+static bool has_error_code(uint8_t vector)             /* R4 */
+{
+	return vector == 8 || (vector >= 10 && vector <= 14) || vector == 17 || vector == 21 || vector == 29 || vector == 30;
+}
+
+static bool is_fault(uint8_t vector)                   /* R6: stores RFLAGS with RF set */
+{
+	return vector == 0 || (vector >= 5 && vector <= 7) || (vector >= 10 && vector <= 14) || vector == 16 || vector == 17 ||
+	       (vector >= 19 && vector <= 21) || vector == 29 || vector == 30;
+}
+
+static bool is_maskable(uint8_t source)
+{
+	return source == TDB_SRC_FIXED || source == TDB_SRC_EXTINT || source == TDB_SRC_EXTERNAL;
+}
+
+/* The stack pointer that the delivery starts from, before alignment (R2). */
+static bool choose_base(const struct machine *m, const struct request *rq, const struct tdb_gate *gate, uint64_t *base)
+{
+	const struct cpu *c = &m->cpu[rq->cpu];
+	const struct tdb_tss *tss = c->s.tss >= 0 ? &m->tss[c->s.tss] : NULL;
+
+	if (gate->ist) {
+		if (!tss || !(tss->known >> (8 + gate->ist) & 1))
+			return false;
+		*base = tss->ist[gate->ist];
+		return true;
+	}
+	if (!ctx_knows(&rq->at, TDB_K_CS))
+		return false;
+	if ((rq->at.cs & 3) == 3) {
+		if (!tss || !(tss->known & 1))
+			return false;
+		*base = tss->rsp[0];
+		return true;
+	}
+	if (!ctx_knows(&rq->at, TDB_K_RSP))
+		return false;
+	*base = rq->at.rsp;
+	return true;
+}
+
+static void saved_context(const struct request *rq, bool code, struct tdb_context *ret)
+{
+	*ret = rq->at;
+	if (rq->source == TDB_SRC_SOFT_INT) {
+		ret->rip += rq->at.code;
+		if (!ctx_knows(&rq->at, TDB_K_CODE))
+			ret->known &= ~TDB_K_RIP;
+	}
+	if (rq->source == TDB_SRC_EXCEPTION && is_fault(rq->vector) && ctx_knows(ret, TDB_K_RFLAGS))
+		ret->rflags |= RF;
+	if (!code) {
+		ret->code = 0;
+		ret->known &= ~TDB_K_CODE;
+	}
+}
+
+bool deliver_place(const struct machine *m, const struct request *rq, struct placement *ret)
+{
+	const struct cpu *c = &m->cpu[rq->cpu];
+	const struct tdb_gate *gate;
+	bool code = rq->source == TDB_SRC_EXCEPTION && has_error_code(rq->vector);
+	uint64_t base, top, size = code ? 48 : 40;
+
+	if (c->s.idt < 0)
+		return false;
+	gate = &m->idt[c->s.idt]->gate[rq->vector];
+	if ((gate->flags & (TDB_GATE_KNOWN | TDB_GATE_PRESENT)) != (TDB_GATE_KNOWN | TDB_GATE_PRESENT))
+		return false;
+	if (gate->type != 0xe && gate->type != 0xf)
+		return false;
+	if (!choose_base(m, rq, gate, &base) || !is_canonical(base))
+		return false;
+	top = base & ~15ull;                               /* R3 */
+	if (top < size)
+		return false;
+	*ret = (struct placement){
+		.gate = *gate,
+		.switched = gate->ist || (rq->at.cs & 3) == 3,
+		.cpl_change = ctx_knows(&rq->at, TDB_K_CS) && (rq->at.cs & 3) != 0,
+		.frame = {
+			.lo = top - size, .hi = top, .entry = rq->event, .clobbered_by = NONE, .finding = NONE,
+			.victim = NONE, .cpu = rq->cpu, .vector = rq->vector, .source = rq->source, .ist = gate->ist,
+			.status = TDB_FRAME_LIVE, .has_code = code, .gate_type = gate->type,
+		},
+	};
+	saved_context(rq, code, &ret->frame.saved);
+	stack_bounds(m->in, stack_key(m->in, top), &ret->frame.stack_lo, &ret->frame.stack_hi);
+	return true;
+}
+
+/* Store the first `words` words from the top down (R1). */
+static int store_frame(struct machine *m, const struct tdb_frame *f, uint64_t words)
+{
+	const struct tdb_context *s = &f->saved;
+	const struct { uint64_t value; bool known; } word[6] = {
+		{ s->ss, s->known & TDB_K_SS }, { s->rsp, s->known & TDB_K_RSP }, { s->rflags, s->known & TDB_K_RFLAGS },
+		{ s->cs, s->known & TDB_K_CS }, { s->rip, s->known & TDB_K_RIP }, { s->code, s->known & TDB_K_CODE },
+	};
+	uint64_t count = f->has_code ? 6 : 5;
+
+	for (uint64_t i = 0; i < count && i < words; i++) {
+		int status = memory_store_word(&m->mem, f->hi - 8 * (i + 1), word[i].value, word[i].known, f->entry);
+
+		if (status)
+			return status;
+	}
+	return TDB_OK;
+}
+
+static void registers_from(struct cpu *c, const struct tdb_context *at)
+{
+	c->s.known &= TDB_CK_NMI | TDB_CK_MCIP | TDB_CK_USER_RSP;
+	c->s.rip = at->rip;
+	c->s.rsp = at->rsp;
+	c->s.cs = at->cs;
+	c->s.ss = at->ss;
+	c->s.rflags = (uint32_t)at->rflags;
+	c->s.known |= (at->known & TDB_K_RIP ? TDB_CK_RIP : 0) | (at->known & TDB_K_RSP ? TDB_CK_RSP : 0) |
+		      (at->known & TDB_K_CS ? TDB_CK_CS : 0) | (at->known & TDB_K_SS ? TDB_CK_SS : 0) |
+		      (at->known & TDB_K_RFLAGS ? TDB_CK_RFLAGS : 0);
+}
+
+/* State at the handler's first instruction (R5, R6). */
+static void registers_entered(struct machine *m, struct cpu *c, const struct request *rq, const struct placement *p)
+{
+	c->s.rsp = p->frame.lo;
+	c->s.rip = p->gate.offset;
+	c->s.cs = p->gate.selector;
+	c->s.known |= TDB_CK_RSP | TDB_CK_RIP | TDB_CK_CS;
+	if (p->cpl_change || (p->gate.ist && m->in->fidelity & TDB_FID_SS_ZEROED)) {
+		c->s.ss = 0;
+		c->s.known |= TDB_CK_SS;
+	} else if (!ctx_knows(&rq->at, TDB_K_CS)) {
+		c->s.known &= ~TDB_CK_SS;
+	}
+	c->s.rflags &= ~(1u << 8 | 1u << 14 | RF);
+	if (p->gate.type == 0xe)
+		c->s.rflags &= ~(1u << 9);
+}
+
+static void raise_fake(struct machine *m, struct cpu *c, const struct request *rq)
+{
+	uint32_t which = rq->vector == VECTOR_MC;
+	struct tdb_finding f;
+
+	if (rq->source == TDB_SRC_UNKNOWN || (rq->vector != VECTOR_NMI && rq->vector != VECTOR_MC))
+		return;
+	if (rq->source == (which ? TDB_SRC_MC : TDB_SRC_NMI))
+		return;
+	if (c->fake[which][rq->source] != NONE) {
+		finding_count_again(m, c->fake[which][rq->source]);
+		return;
+	}
+	f = finding_new(which ? TDB_R_FAKE_MCE : TDB_R_FAKE_NMI, TDB_EV_RECORDED, rq->event, rq->cpu);
+	f.writer.entry = rq->event;
+	f.writer.cpu = rq->cpu;
+	f.writer.vector = rq->vector;
+	f.writer.source = rq->source;
+	f.writer.saved = rq->at;
+	c->fake[which][rq->source] = finding_raise(m, &f);
+}
+
+static void raise_simple(struct machine *m, struct cpu *c, const struct request *rq)
+{
+	struct tdb_finding f;
+	uint8_t mismatch = 0;
+
+	raise_fake(m, c, rq);
+	if (rq->vector == VECTOR_DF && rq->source == TDB_SRC_EXCEPTION) {
+		f = finding_new(TDB_R_DOUBLE_FAULT, TDB_EV_RECORDED, rq->event, rq->cpu);
+		f.cause_event = c->failed[0];
+		f.cause_frame = c->failed[1];
+		f.writer.entry = rq->event;
+		f.writer.cpu = rq->cpu;
+		f.writer.vector = rq->vector;
+		f.writer.source = rq->source;
+		f.writer.saved = rq->at;
+		finding_raise(m, &f);
+	}
+	if (is_maskable(rq->source) && ctx_knows(&rq->at, TDB_K_RFLAGS) && !(rq->at.rflags & 1u << 9))
+		mismatch |= TDB_MM_IF_CLEAR;
+	if (rq->source == TDB_SRC_NMI && m->in->fidelity & TDB_FID_RETURNS && c->s.known & TDB_CK_NMI && c->s.nmi_blocked)
+		mismatch |= TDB_MM_NMI_BLOCKED;
+	if (mismatch) {
+		f = finding_new(TDB_R_MODEL_MISMATCH, TDB_EV_COMPUTED, rq->event, rq->cpu);
+		f.detail = mismatch;
+		finding_raise(m, &f);
+	}
+}
+
+static void raise_user_stack(struct machine *m, struct cpu *c, const struct request *rq, const struct placement *p)
+{
+	enum tdb_evidence ev = TDB_EV_UNKNOWN;
+	struct tdb_finding f;
+
+	if (p->gate.ist || (rq->at.cs & 3) == 3)
+		return;
+	for (uint32_t i = 0; i < m->in->user_count; i++)
+		if (p->frame.lo < m->in->user[i].hi && m->in->user[i].lo < p->frame.hi)
+			ev = TDB_EV_COMPUTED;
+	if (!m->in->user_count && c->s.known & TDB_CK_USER_RSP && !stack_named(stack_key(m->in, p->frame.hi))) {
+		uint64_t a = rq->at.rsp, b = c->s.user_rsp;
+
+		if ((a > b ? a - b : b - a) < 4096)
+			ev = TDB_EV_INFERRED;
+	}
+	if (ev == TDB_EV_UNKNOWN)
+		return;
+	f = finding_new(TDB_R_USER_STACK, ev, rq->event, rq->cpu);
+	f.writer = p->frame;
+	f.lo = p->frame.lo;
+	f.hi = p->frame.hi;
+	finding_raise(m, &f);
+}
+
+/* Masking that a delivery begins, wherever its frame went (R15, R16, R21). */
+static void begin_masking(struct cpu *c, const struct request *rq)
+{
+	if (rq->source == TDB_SRC_NMI) {
+		c->s.known |= TDB_CK_NMI;
+		c->s.nmi_blocked = 1;
+		c->s.nmi_pending = 0;
+		c->s.nmi_since = rq->event;
+		c->s.nmi_unblocked_by = NONE;
+		c->s.nmi_unblock_frame = NONE;
+	} else if (rq->source == TDB_SRC_MC) {
+		c->s.known |= TDB_CK_MCIP;
+		c->s.mcip = 1;
+	}
+}
+
+static int apply_failed(struct machine *m, struct cpu *c, const struct request *rq, const struct tdb_event *e)
+{
+	struct placement p;
+
+	m->stats.failed++;
+	c->failed[1] = c->failed[0];
+	c->failed[0] = rq->event;
+	if (e->known & TDB_K_ADDR && e->addr && e->known & TDB_K_ARG && deliver_place(m, rq, &p))
+		return store_frame(m, &p.frame, e->addr);
+	return TDB_OK;
+}
+
+int deliver_apply(struct machine *m, const struct tdb_event *e, uint32_t index)
+{
+	struct cpu *c = &m->cpu[e->cpu];
+	struct request rq = {
+		.at = { .rip = e->rip, .rsp = e->rsp, .rflags = e->rflags, .code = e->code, .cs = e->cs, .ss = e->ss,
+			.known = e->known & (CONTEXT_BITS | TDB_K_CODE) },
+		.event = index, .cpu = e->cpu, .vector = e->arg,
+		.source = e->known & TDB_K_SOURCE && e->source < SOURCES ? e->source : TDB_SRC_UNKNOWN,
+	};
+	struct placement p;
+	struct tdb_cpu before;
+	int status;
+
+	if (e->flags & TDB_F_LEGACY) {
+		m->stats.legacy++;
+		registers_from(c, &(struct tdb_context){ 0 });
+		return TDB_OK;
+	}
+	registers_from(c, &rq.at);
+	if (e->flags & TDB_F_FAILED)
+		return apply_failed(m, c, &rq, e);
+	m->stats.deliveries++;
+	observe(m, c, rq.cpu, &rq.at, index);
+	if (e->known & TDB_K_ARG)
+		raise_simple(m, c, &rq);
+	c->failed[0] = c->failed[1] = NONE;
+	if (!(e->known & TDB_K_ARG) || !deliver_place(m, &rq, &p)) {
+		m->stats.unjudged++;
+		registers_from(c, &(struct tdb_context){ 0 });
+		begin_masking(c, &rq);
+		return TDB_OK;
+	}
+	m->stats.judged++;
+	m->stats.ist_deliveries[p.gate.ist & 7]++;
+	raise_user_stack(m, c, &rq, &p);
+	before = c->s;
+	if (p.switched)
+		verdict_overwrite(m, &rq, &p, &before);
+	status = store_frame(m, &p.frame, 6);
+	if (!status)
+		status = frame_open(m, &p.frame);
+	if (status)
+		return status;
+	begin_masking(c, &rq);
+	registers_entered(m, c, &rq, &p);
+	c->placed = index;
+	c->placed_gate = p.gate;
+	m->last_frame = p.frame;
+	return TDB_OK;
+}

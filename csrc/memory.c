@@ -1,0 +1,280 @@
+/* memory.c - sparse stack memory with the writer of every byte, in pages that snapshots share. */
+#include <stdlib.h>
+
+#include "core.h"
+
+static uint32_t hash_page(uint64_t index)
+{
+	return (uint32_t)((index * 0x9e3779b97f4a7c15ull) >> 32);
+}
+
+static void page_release(struct page *page)
+{
+	if (--page->refs)
+		return;
+	free(page->split);
+	free(page);
+}
+
+static struct page *page_new(uint64_t index)
+{
+	struct page *page = calloc(1, sizeof(*page));
+
+	if (!page)
+		return NULL;
+	page->refs = 1;
+	page->index = index;
+	memset(page->writer, 0xff, sizeof(page->writer));
+	return page;
+}
+
+static struct page *page_clone(const struct page *from)
+{
+	struct page *page = malloc(sizeof(*page));
+
+	if (!page)
+		return NULL;
+	*page = *from;
+	page->refs = 1;
+	if (from->split) {
+		page->split = malloc(PAGE_WORDS * sizeof(*page->split));
+		if (!page->split) {
+			free(page);
+			return NULL;
+		}
+		memcpy(page->split, from->split, PAGE_WORDS * sizeof(*page->split));
+	}
+	return page;
+}
+
+int memory_init(struct memory *mem, uint32_t limit)
+{
+	*mem = (struct memory){ .capacity = 64, .limit = limit };
+	mem->slot = calloc(mem->capacity, sizeof(*mem->slot));
+	return mem->slot ? TDB_OK : TDB_E_NOMEM;
+}
+
+void memory_deinit(struct memory *mem)
+{
+	for (uint32_t i = 0; mem->slot && i < mem->capacity; i++)
+		if (mem->slot[i])
+			page_release(mem->slot[i]);
+	free(mem->slot);
+	mem->slot = NULL;
+}
+
+int memory_copy(struct memory *to, const struct memory *from)
+{
+	struct page **slot = malloc(from->capacity * sizeof(*slot));
+
+	if (!slot)
+		return TDB_E_NOMEM;
+	memcpy(slot, from->slot, from->capacity * sizeof(*slot));
+	for (uint32_t i = 0; i < from->capacity; i++)
+		if (slot[i])
+			slot[i]->refs++;
+	*to = *from;
+	to->slot = slot;
+	return TDB_OK;
+}
+
+void memory_clear(struct memory *mem)
+{
+	for (uint32_t i = 0; mem->count && i < mem->capacity; i++) {
+		if (mem->slot[i]) {
+			page_release(mem->slot[i]);
+			mem->slot[i] = NULL;
+			mem->count--;
+		}
+	}
+}
+
+static struct page **find_slot(struct page **slot, uint32_t capacity, uint64_t index)
+{
+	uint32_t at = hash_page(index) & (capacity - 1);
+
+	while (slot[at] && slot[at]->index != index)
+		at = (at + 1) & (capacity - 1);
+	return &slot[at];
+}
+
+const struct page *memory_page(const struct memory *mem, uint64_t index)
+{
+	return *find_slot(mem->slot, mem->capacity, index);
+}
+
+static int rehash(struct memory *mem, uint32_t capacity)
+{
+	struct page **slot = calloc(capacity, sizeof(*slot));
+
+	if (!slot)
+		return TDB_E_NOMEM;
+	for (uint32_t i = 0; i < mem->capacity; i++)
+		if (mem->slot[i])
+			*find_slot(slot, capacity, mem->slot[i]->index) = mem->slot[i];
+	free(mem->slot);
+	mem->slot = slot;
+	mem->capacity = capacity;
+	return TDB_OK;
+}
+
+static int compare_stamps(const void *a, const void *b)
+{
+	const struct page *x = *(struct page *const *)a, *y = *(struct page *const *)b;
+
+	if (x->stamp != y->stamp)
+		return x->stamp < y->stamp ? -1 : 1;
+	return x->index < y->index ? -1 : x->index > y->index;
+}
+
+/* Forget the quarter of the pages that was written longest ago.  Depends on the state alone, so seeking repeats it. */
+static int forget_oldest(struct memory *mem)
+{
+	struct page **all = malloc((size_t)mem->count * sizeof(*all));
+	uint32_t n = 0, drop;
+
+	if (!all)
+		return TDB_E_NOMEM;
+	for (uint32_t i = 0; i < mem->capacity; i++)
+		if (mem->slot[i])
+			all[n++] = mem->slot[i];
+	qsort(all, n, sizeof(*all), compare_stamps);
+	memset(mem->slot, 0, mem->capacity * sizeof(*mem->slot));
+	drop = n / 4 + 1;
+	for (uint32_t i = 0; i < n; i++) {
+		if (i < drop)
+			page_release(all[i]);
+		else
+			*find_slot(mem->slot, mem->capacity, all[i]->index) = all[i];
+	}
+	mem->count = n - drop;
+	mem->forgotten += drop;
+	free(all);
+	return TDB_OK;
+}
+
+/* The page for writing: made, or copied if a snapshot shares it. */
+static struct page *writable(struct memory *mem, uint64_t index, uint32_t stamp)
+{
+	struct page **slot = find_slot(mem->slot, mem->capacity, index);
+	struct page *page = *slot;
+
+	if (unlikely(!page)) {
+		if (mem->count >= mem->limit && forget_oldest(mem))
+			return NULL;
+		if ((mem->count + 1) * 2 > mem->capacity && rehash(mem, mem->capacity * 2))
+			return NULL;
+		page = page_new(index);
+		if (!page)
+			return NULL;
+		*find_slot(mem->slot, mem->capacity, index) = page;
+		mem->count++;
+	} else if (unlikely(page->refs > 1)) {
+		struct page *copy = page_clone(page);
+
+		if (!copy)
+			return NULL;
+		page->refs--;
+		*slot = page = copy;
+	}
+	if (stamp != NONE)
+		page->stamp = stamp;
+	return page;
+}
+
+uint32_t page_writer(const struct page *page, uint32_t word, uint32_t byte)
+{
+	return page->writer[word] == WRITER_SPLIT ? page->split[word][byte] : page->writer[word];
+}
+
+int memory_store_word(struct memory *mem, uint64_t addr, uint64_t value, bool known, uint32_t writer)
+{
+	struct page *page = writable(mem, addr >> PAGE_SHIFT, writer);
+	uint32_t word = addr >> 3 & (PAGE_WORDS - 1);
+
+	if (unlikely(!page))
+		return TDB_E_NOMEM;
+	page->value[word] = known ? value : 0;
+	page->known[word] = known ? 0xff : 0;
+	page->writer[word] = writer;
+	return TDB_OK;
+}
+
+static int store_part(struct memory *mem, uint64_t addr, const uint8_t *bytes, uint32_t length, uint32_t writer)
+{
+	struct page *page = writable(mem, addr >> PAGE_SHIFT, writer);
+	uint32_t word = addr >> 3 & (PAGE_WORDS - 1), byte = addr & 7;
+
+	if (!page)
+		return TDB_E_NOMEM;
+	if (page->writer[word] != writer && page->writer[word] != WRITER_SPLIT) {
+		if (!page->split) {
+			page->split = malloc(PAGE_WORDS * sizeof(*page->split));
+			if (!page->split)
+				return TDB_E_NOMEM;
+		}
+		for (uint32_t i = 0; i < 8; i++)
+			page->split[word][i] = page->writer[word];
+		page->writer[word] = WRITER_SPLIT;
+	}
+	for (uint32_t i = 0; i < length; i++) {
+		uint32_t shift = 8 * (byte + i);
+
+		page->value[word] &= ~(0xffull << shift);
+		page->known[word] &= ~(1u << (byte + i));
+		if (bytes) {
+			page->value[word] |= (uint64_t)bytes[i] << shift;
+			page->known[word] |= 1u << (byte + i);
+		}
+		if (page->writer[word] == WRITER_SPLIT)
+			page->split[word][byte + i] = writer;
+	}
+	return TDB_OK;
+}
+
+int memory_store(struct memory *mem, uint64_t addr, const uint8_t *bytes, uint32_t length, uint32_t writer)
+{
+	if (length && addr + (length - 1) < addr)
+		length = (uint32_t)(0 - addr);
+	while (length) {
+		uint32_t room = 8 - (addr & 7), part = length < room ? length : room;
+		int status;
+
+		if (part == 8) {
+			uint64_t value = 0;
+
+			if (bytes)
+				memcpy(&value, bytes, 8);
+			status = memory_store_word(mem, addr, value, bytes != NULL, writer);
+		} else {
+			status = store_part(mem, addr, bytes, part, writer);
+		}
+		if (status)
+			return status;
+		addr += part;
+		bytes = bytes ? bytes + part : NULL;
+		length -= part;
+	}
+	return TDB_OK;
+}
+
+void memory_load(const struct memory *mem, uint64_t addr, uint64_t *value, uint8_t *known, uint32_t *writer)
+{
+	*value = 0;
+	*known = 0;
+	*writer = NONE;
+	for (uint32_t i = 0; i < 8; i++) {
+		uint64_t a = addr + i;
+		const struct page *page = memory_page(mem, a >> PAGE_SHIFT);
+		uint32_t word = a >> 3 & (PAGE_WORDS - 1), byte = a & 7;
+
+		if (!page)
+			continue;
+		if (i == 0)
+			*writer = page_writer(page, word, byte);
+		if (page->known[word] >> byte & 1) {
+			*known |= 1u << i;
+			*value |= (page->value[word] >> (8 * byte) & 0xff) << (8 * i);
+		}
+	}
+}

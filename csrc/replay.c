@@ -1,0 +1,206 @@
+/* replay.c - the handle: opening, the forward scan, seeking. */
+#include <stdlib.h>
+
+#include "core.h"
+
+#define ABI 1
+
+int tdb_abi(void)
+{
+	return ABI;
+}
+
+const char *tdb_strerror(int status)
+{
+	switch ((enum tdb_status)status) {
+	case TDB_OK: return "success";
+	case TDB_E_NOMEM: return "out of memory";
+	case TDB_E_ARG: return "invalid argument";
+	case TDB_E_RANGE: return "outside the trace";
+	case TDB_E_EVENT: return "impossible event";
+	case TDB_E_LIMIT: return "limit reached";
+	}
+	return status > 0 ? "success" : "unknown status";
+}
+
+void tdb_config_init(struct tdb_config *ret)
+{
+	*ret = (struct tdb_config){
+		.size = sizeof(*ret), .snapshot_interval = 4096, .max_snapshots = 512, .max_pages = 16384,
+		.max_frames = 65536, .max_findings = 65536, .iret_fault_unblocks = 1,
+	};
+}
+
+static int compare_stacks(const void *a, const void *b)
+{
+	const struct tdb_stack *x = a, *y = b;
+
+	if (x->hi != y->hi)
+		return x->hi < y->hi ? -1 : 1;
+	if (x->lo != y->lo)
+		return x->lo < y->lo ? -1 : 1;
+	return x->cpu < y->cpu ? -1 : x->cpu > y->cpu;
+}
+
+static int take_regions(struct inputs *in, const struct tdb_layout *l)
+{
+	in->stack = calloc(l->region_count + 1, sizeof(*in->stack));
+	in->stack_top = calloc(l->region_count + 1, sizeof(*in->stack_top));
+	in->user = calloc(l->region_count + 1, sizeof(*in->user));
+	if (!in->stack || !in->stack_top || !in->user)
+		return TDB_E_NOMEM;
+	for (uint32_t i = 0; i < l->region_count; i++) {
+		const struct tdb_region *r = &l->region[i];
+
+		if (r->lo >= r->hi || r->slot > 8 || r->kind > TDB_REGION_READS)
+			return TDB_E_ARG;
+		if (r->kind == TDB_REGION_USER)
+			in->user[in->user_count++] = *r;
+		if (r->kind == TDB_REGION_STACK)
+			in->stack[in->stack_count++] = (struct tdb_stack){
+				.lo = r->lo, .hi = r->hi, .cpu = r->cpu, .slot = r->slot, .flags = TDB_STACK_NAMED };
+	}
+	qsort(in->stack, in->stack_count, sizeof(*in->stack), compare_stacks);
+	for (uint32_t i = 0; i < in->stack_count; i++)
+		in->stack_top[i] = in->stack[i].hi;
+	return TDB_OK;
+}
+
+static bool valid(const struct tdb_config *cfg, const struct tdb_event *events, uint64_t count, uint32_t cpus,
+		  const uint8_t *bytes, uint64_t bytes_size, const struct tdb_layout *l)
+{
+	if (!cfg || cfg->size != sizeof(*cfg) || (!events && count) || !cpus || cpus > 4096 || (!bytes && bytes_size) || !l)
+		return false;
+	if (!cfg->snapshot_interval || cfg->max_snapshots < 2 || !cfg->max_pages || !cfg->max_frames)
+		return false;
+	if ((!l->tss && l->tss_count) || (!l->idt && l->idt_count) || (!l->cpu && l->cpu_count) ||
+	    (!l->region && l->region_count) || (!l->memory && l->memory_count) || l->cpu_count > cpus)
+		return false;
+	for (uint32_t i = 0; i < l->cpu_count; i++)
+		if (l->cpu[i].tss < -1 || l->cpu[i].tss >= (int64_t)l->tss_count || l->cpu[i].idt < -1 ||
+		    l->cpu[i].idt >= (int64_t)l->idt_count)
+			return false;
+	for (uint32_t i = 0; i < l->memory_count; i++)
+		if ((!l->memory[i].bytes && l->memory[i].length) || l->memory[i].addr + l->memory[i].length < l->memory[i].addr)
+			return false;
+	return true;
+}
+
+int tdb_open(const struct tdb_config *cfg, const struct tdb_event *events, uint64_t count, uint32_t cpus,
+	     const uint8_t *bytes, uint64_t bytes_size, const struct tdb_layout *layout, tdb_replay **ret)
+{
+	tdb_replay *r;
+	int status;
+
+	if (!ret || !valid(cfg, events, count, cpus, bytes, bytes_size, layout))
+		return TDB_E_ARG;
+	if (count >= WRITER_SPLIT)
+		return TDB_E_LIMIT;
+	r = calloc(1, sizeof(*r));
+	if (!r)
+		return TDB_E_NOMEM;
+	r->in = (struct inputs){
+		.cfg = *cfg, .events = events, .count = count, .bytes = bytes, .bytes_size = bytes_size, .cpus = cpus,
+		.fidelity = layout->fidelity, .tss_count = layout->tss_count, .idt_count = layout->idt_count,
+	};
+	r->findings.limit = cfg->max_findings;
+	status = take_regions(&r->in, layout);
+	if (!status)
+		status = snapshots_init(&r->snapshots, cfg->snapshot_interval, cfg->max_snapshots);
+	if (!status)
+		status = machine_init(&r->scan, &r->in, layout);
+	if (!status)
+		status = machine_init(&r->view, &r->in, layout);
+	if (!status) {
+		r->scan.sink = &r->findings;
+		status = snapshots_take(&r->snapshots, &r->scan);
+	}
+	if (status) {
+		tdb_close(r);
+		return status;
+	}
+	*ret = r;
+	return TDB_OK;
+}
+
+void tdb_close(tdb_replay *r)
+{
+	if (!r)
+		return;
+	if (r->scan.in)
+		machine_deinit(&r->scan);
+	if (r->view.in)
+		machine_deinit(&r->view);
+	snapshots_deinit(&r->snapshots);
+	free(r->findings.item);
+	free(r->in.stack);
+	free(r->in.stack_top);
+	free(r->in.user);
+	free(r);
+}
+
+int64_t tdb_scan(tdb_replay *r, uint64_t max)
+{
+	uint64_t left = r->in.count - r->scan.position, take = max < left ? max : left;
+
+	if (r->broken)
+		return r->broken;
+	for (uint64_t i = 0; i < take; i++) {
+		int status = machine_apply(&r->scan);
+
+		if (!status)
+			status = r->findings.status;
+		if (!status && r->scan.position % r->snapshots.interval == 0)
+			status = snapshots_take(&r->snapshots, &r->scan);
+		if (unlikely(status)) {
+			r->broken = status;
+			return status;
+		}
+	}
+	return (int64_t)take;
+}
+
+uint64_t tdb_scanned(const tdb_replay *r)
+{
+	return r->scan.position;
+}
+
+int64_t tdb_seek_some(tdb_replay *r, uint64_t position, uint64_t max)
+{
+	int status;
+
+	if (position > r->in.count)
+		return TDB_E_RANGE;
+	if (r->broken)
+		return r->broken;
+	if (position > r->scan.position) {                 /* the view never runs ahead of the scan: findings live there */
+		uint64_t ahead = position - r->scan.position;
+		int64_t done = tdb_scan(r, ahead < max ? ahead : max);
+
+		if (done < 0)
+			return done;
+		max -= (uint64_t)done;
+		if (!max || position > r->scan.position)
+			return (int64_t)(position - r->scan.position + 1);
+	}
+	status = snapshots_restore(&r->snapshots, &r->view, position);
+	while (!status && r->view.position < position && max) {
+		status = machine_apply(&r->view);
+		max--;
+	}
+	if (status) {
+		r->broken = status;
+		return status;
+	}
+	return (int64_t)(position - r->view.position);
+}
+
+uint64_t tdb_position(const tdb_replay *r)
+{
+	return r->view.position;
+}
+
+uint64_t tdb_bad_event(const tdb_replay *r)
+{
+	return r->scan.position ? r->scan.position - 1 : 0;
+}

@@ -1,0 +1,355 @@
+"""Replay: the only owner of the C core. Everything it gives back is a plain frozen value of state.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+from tracedbg._core import ffi, lib
+from tracedbg.errors import ReplayError
+from tracedbg.layout import Gate, Layout, Tss
+from tracedbg.state import (
+    NO_EVENT,
+    Cause,
+    Context,
+    CpuState,
+    Evidence,
+    Finding,
+    Frame,
+    FrameStatus,
+    Kind,
+    Known,
+    Position,
+    Rule,
+    Settle,
+    Source,
+    Stack,
+    Stats,
+    Word,
+)
+from tracedbg.trace import Trace
+
+ABI = 1
+CHUNK = 1 << 20  # events per call into the core when nobody asks for less
+
+if lib.tdb_abi() != ABI:  # pragma: no cover - a stale build
+    raise ImportError(f"tracedbg._core has ABI {lib.tdb_abi()}, this program needs {ABI}: rebuild it")
+
+
+class Replay:
+    """Replays a trace. One thread at a time per object; the trace must stay open until close().
+
+    `scan` makes the forward pass that finds everything; `seek` moves the view to a position (the state after that many
+    events), scanning first where the forward pass has not been.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        *,
+        layout: Layout | None = None,
+        snapshot_interval: int = 0,
+        max_snapshots: int = 0,
+        max_pages: int = 0,
+        max_frames: int = 0,
+        max_findings: int = 0,
+        iret_fault_unblocks: bool = True,
+    ) -> None:
+        self.trace = trace
+        self.layout = trace.layout if layout is None else layout
+        self.count = trace.count
+        self._handle: Any = None
+        config = ffi.new("struct tdb_config *")
+        lib.tdb_config_init(config)
+        config.iret_fault_unblocks = iret_fault_unblocks
+        for name, value in (
+            ("snapshot_interval", snapshot_interval),
+            ("max_snapshots", max_snapshots),
+            ("max_pages", max_pages),
+            ("max_frames", max_frames),
+            ("max_findings", max_findings),
+        ):
+            if value:
+                setattr(config, name, value)
+        self._events = ffi.from_buffer("struct tdb_event[]", trace.events)
+        self._payload = ffi.from_buffer("uint8_t[]", trace.payload)
+        layout_c, keep = _layout_struct(self.layout, trace)
+        out = ffi.new("tdb_replay **")
+        status = lib.tdb_open(config, self._events, trace.count, trace.cpus, self._payload, len(trace.payload), layout_c, out)
+        if status < 0:
+            self._release()
+            raise ReplayError(f"replay core: {ffi.string(lib.tdb_strerror(status)).decode()}")
+        self._handle = out[0]
+        self._keep = keep  # initial memory is borrowed by the core
+
+    def close(self) -> None:
+        """Release the core, then the buffers of the trace."""
+        if self._handle is not None:
+            lib.tdb_close(self._handle)
+            self._handle = None
+        self._release()
+
+    def _release(self) -> None:
+        if self._events is not None:
+            ffi.release(self._events)
+            ffi.release(self._payload)
+            self._events = self._payload = None
+
+    def __enter__(self) -> Replay:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _check(self, status: int) -> int:
+        if status < 0:
+            raise ReplayError(f"replay core: {ffi.string(lib.tdb_strerror(status)).decode()}")
+        return status
+
+    # -- moving -----------------------------------------------------------------------------------------------------
+
+    @property
+    def scanned(self) -> int:
+        """Events covered by the forward pass."""
+        return int(lib.tdb_scanned(self._handle))
+
+    @property
+    def position(self) -> int:
+        """Position of the view."""
+        return int(lib.tdb_position(self._handle))
+
+    def scan(self, max_events: int = CHUNK) -> int:
+        """Go on with the forward pass; returns the events taken, 0 at the end."""
+        return self._check(lib.tdb_scan(self._handle, max_events))
+
+    def scan_all(self) -> None:
+        """Finish the forward pass."""
+        while self.scan():
+            pass
+
+    def seek_some(self, position: int, max_events: int) -> int:
+        """Move towards a position; returns the events still to go, 0 when there."""
+        return self._check(lib.tdb_seek_some(self._handle, self._clamp(position), max_events))
+
+    def seek(self, position: int) -> None:
+        """Move the view to a position, clamped to the trace."""
+        while self.seek_some(position, CHUNK):
+            pass
+
+    def _clamp(self, position: int) -> int:
+        return min(max(position, 0), self.count)
+
+    def find(
+        self,
+        start: int,
+        direction: int = 1,
+        kinds: Iterable[Kind] = (),
+        vector: int | None = None,
+        cpu: int | None = None,
+        limit: int = 1 << 62,
+    ) -> int | None:
+        """The first event from `start` on (included) of these kinds (none: any), vector and CPU; None if there is none."""
+        mask = sum({1 << (kind - 1) for kind in kinds}) or (1 << 64) - 1
+        if not 0 <= start < self.count:
+            return None
+        found = lib.tdb_find(
+            self._handle, start, direction, mask, -1 if vector is None else vector, -1 if cpu is None else cpu, limit
+        )
+        return None if found < 0 else int(found)
+
+    # -- the view ---------------------------------------------------------------------------------------------------
+
+    def cpu(self, number: int) -> CpuState:
+        """State of one CPU."""
+        c = ffi.new("struct tdb_cpu *")
+        self._check(lib.tdb_get_cpu(self._handle, number, c))
+        return _cpu_value(number, c)
+
+    def tss(self, cpu: int) -> Tss | None:
+        """The TSS in use on a CPU, with the values it has at the position; None: unknown."""
+        t = ffi.new("struct tdb_tss *")
+        if lib.tdb_get_tss(self._handle, cpu, t) < 0:
+            return None
+        return Tss(
+            t.base,
+            tuple(t.rsp[n] if t.known >> n & 1 else None for n in range(3)),
+            tuple(t.ist[n] if t.known >> (8 + n) & 1 else None for n in range(8)),
+        )
+
+    def gate(self, cpu: int, vector: int) -> Gate | None:
+        """The gate that a CPU would use for a vector; None: unknown."""
+        g = ffi.new("struct tdb_gate *")
+        if lib.tdb_get_gate(self._handle, cpu, vector, g) < 0 or not g.flags & lib.TDB_GATE_KNOWN:
+            return None
+        return Gate(g.offset, g.selector, g.ist, g.type, g.dpl, bool(g.flags & lib.TDB_GATE_PRESENT))
+
+    def stacks(self) -> tuple[Stack, ...]:
+        """The named stacks and those with open frames, by address."""
+        return tuple(
+            Stack(s.lo, s.hi, s.cpu, s.slot, bool(s.flags & lib.TDB_STACK_NAMED), s.frames)
+            for s in self._all("struct tdb_stack[]", lib.tdb_get_stacks)
+        )
+
+    def frames(self) -> tuple[Frame, ...]:
+        """The open frames, in the order of their deliveries."""
+        return tuple(_frame_value(f) for f in self._all("struct tdb_frame[]", lib.tdb_get_frames))
+
+    def words(self, lo: int, hi: int) -> tuple[Word, ...]:
+        """Words of [lo, hi) with a known byte or a writer, by address."""
+        return tuple(
+            Word(w.addr, w.value, w.known, tuple(_event(w.writer[b]) for b in range(8)))
+            for w in self._all("struct tdb_word[]", lambda r, out, cap: lib.tdb_get_words(r, lo, min(hi, NO_ADDR), out, cap))
+        )
+
+    def last_frame(self) -> Frame | None:
+        """The frame that the last applied event stored, if it was a delivery that could be placed."""
+        f = ffi.new("struct tdb_frame *")
+        return None if lib.tdb_get_last_frame(self._handle, f) < 0 else _frame_value(f)
+
+    def state(self) -> Position:
+        """CPUs, stacks and frames of the view in one go."""
+        return Position(
+            self.position,
+            tuple(self.cpu(n) for n in range(self.trace.cpus)),
+            self.stacks(),
+            self.frames(),
+            self.raised(),
+            self.last_frame(),
+        )
+
+    def raised(self) -> int:
+        """How many of findings() had been raised at the view's position."""
+        return self._check(lib.tdb_findings_raised(self._handle))
+
+    def digest(self) -> int:
+        """A number for the whole state of the view; equal states have equal digests."""
+        out = ffi.new("uint64_t *")
+        self._check(lib.tdb_digest(self._handle, out))
+        return int(out[0])
+
+    # -- the scan ---------------------------------------------------------------------------------------------------
+
+    def findings(self, first: int = 0) -> tuple[Finding, ...]:
+        """Findings from number `first` on, as far as scanned, each with its final word."""
+        items = self._all("struct tdb_finding[]", lambda r, out, cap: lib.tdb_get_findings(r, first, out, cap), first)
+        return tuple(_finding_value(first + n, f) for n, f in enumerate(items))
+
+    def stats(self) -> Stats:
+        """Counters of the forward pass."""
+        s = ffi.new("struct tdb_stats *")
+        self._check(lib.tdb_get_stats(self._handle, s))
+        return Stats(
+            **{
+                name: tuple(getattr(s, name)) if name in ("settled", "ist_deliveries") else getattr(s, name)
+                for name in Stats.__slots__
+            }
+        )
+
+    def _all(self, kind: str, call: Any, first: int = 0) -> Sequence[Any]:
+        """Ask for the total, then for all."""
+        total = max(self._check(call(self._handle, ffi.NULL, 0)) - first, 0)
+        out = ffi.new(kind, max(total, 1))
+        self._check(call(self._handle, out, total))
+        return [out[n] for n in range(total)]
+
+
+NO_ADDR = (1 << 64) - 1
+
+
+def _event(number: int) -> int | None:
+    return None if number == NO_EVENT else int(number)
+
+
+def _context_value(c: Any) -> Context:
+    known = c.known
+    return Context(
+        c.rip if known & Known.RIP else None,
+        c.cs if known & Known.CS else None,
+        c.rflags if known & Known.RFLAGS else None,
+        c.rsp if known & Known.RSP else None,
+        c.ss if known & Known.SS else None,
+        c.code if known & Known.CODE else None,
+    )
+
+
+def _frame_value(f: Any) -> Frame:
+    return Frame(
+        f.entry, f.cpu, f.vector, Source(f.source), f.ist, f.lo, f.hi, _context_value(f.saved), FrameStatus(f.status),
+        bool(f.has_code), f.gate_type, f.stack_lo, f.stack_hi, _event(f.clobbered_by), _event(f.victim), _event(f.finding),
+    )  # fmt: skip
+
+
+def _finding_value(number: int, f: Any) -> Finding:
+    return Finding(
+        number, Rule(f.rule), Rule(f.raised_rule), Evidence(f.evidence), Evidence(f.settled_evidence), Cause(f.cause),
+        _event(f.cause_event), _event(f.cause_frame), f.slots, f.differ, f.detail, f.event, _event(f.settled),
+        None if f.settled_by >= lib.TDB_SETTLE_COUNT else Settle(f.settled_by), _event(f.consumer), f.count, f.cpu, f.lo, f.hi,
+        None if f.victim.entry == NO_EVENT else _frame_value(f.victim),
+        None if f.writer.entry == NO_EVENT else _frame_value(f.writer),
+        None if f.consumer == NO_EVENT else _context_value(f.popped),
+    )  # fmt: skip
+
+
+def _cpu_value(number: int, c: Any) -> CpuState:
+    known = c.known
+    nmi = bool(known & lib.TDB_CK_NMI)
+    return CpuState(
+        number,
+        c.rip if known & lib.TDB_CK_RIP else None,
+        c.rsp if known & lib.TDB_CK_RSP else None,
+        c.cs if known & lib.TDB_CK_CS else None,
+        c.ss if known & lib.TDB_CK_SS else None,
+        c.rflags if known & lib.TDB_CK_RFLAGS else None,
+        c.user_rsp if known & lib.TDB_CK_USER_RSP else None,
+        _event(c.event),
+        bool(c.nmi_blocked) if nmi else None,
+        bool(c.nmi_pending),
+        _event(c.nmi_since),
+        _event(c.nmi_unblocked_by),
+        _event(c.nmi_unblock_frame),
+        bool(c.mcip) if known & lib.TDB_CK_MCIP else None,
+        bool(c.gap),
+        None if c.tss < 0 else c.tss,
+        None if c.idt < 0 else c.idt,
+    )
+
+
+def _layout_struct(layout: Layout, trace: Trace) -> tuple[Any, list[Any]]:
+    """The layout as C arrays; the list keeps them alive."""
+    tss = ffi.new("struct tdb_tss[]", max(len(layout.tss), 1))
+    for n, t in enumerate(layout.tss):
+        tss[n].base = t.base
+        for i, value in enumerate(t.rsp):
+            tss[n].rsp[i] = value or 0
+            tss[n].known |= (value is not None) << i
+        for i, value in enumerate(t.ist):
+            tss[n].ist[i] = value or 0
+            tss[n].known |= (value is not None) << (8 + i)
+    idts = ffi.new("struct tdb_idt[]", max(len(layout.idts), 1))
+    for n, idt in enumerate(layout.idts):
+        idts[n].base = idt.base
+        for vector, gate in idt.gates.items():
+            g = idts[n].gate[vector]
+            g.offset, g.selector, g.ist, g.type, g.dpl = gate.offset, gate.selector, gate.ist, gate.type, gate.dpl
+            g.flags = lib.TDB_GATE_KNOWN | (lib.TDB_GATE_PRESENT if gate.present else 0)
+    tables = layout.cpus[: trace.cpus]
+    cpus = ffi.new("struct tdb_cpu_layout[]", max(len(tables), 1))
+    for n, entry in enumerate(tables):
+        cpus[n].tss = -1 if entry.tss is None else entry.tss
+        cpus[n].idt = -1 if entry.idt is None else entry.idt
+    regions = ffi.new("struct tdb_region[]", max(len(layout.regions), 1))
+    for n, r in enumerate(layout.regions):
+        regions[n].lo, regions[n].hi, regions[n].cpu, regions[n].kind, regions[n].slot = r.lo, r.hi, r.cpu, r.kind, r.slot
+    memory = ffi.new("struct tdb_memory[]", max(len(trace.memory), 1))
+    keep: list[Any] = [tss, idts, cpus, regions, memory]
+    for n, m in enumerate(trace.memory):
+        data = ffi.from_buffer("uint8_t[]", m.data)
+        keep.append(data)
+        memory[n].addr, memory[n].length, memory[n].bytes = m.addr, len(m.data), data
+    result = ffi.new("struct tdb_layout *")
+    result.tss, result.idt, result.cpu, result.region, result.memory = tss, idts, cpus, regions, memory
+    result.tss_count, result.idt_count, result.cpu_count = len(layout.tss), len(layout.idts), len(tables)
+    result.region_count, result.memory_count = len(layout.regions), len(trace.memory)
+    result.fidelity = int(layout.fidelity)
+    return result, keep

@@ -9,8 +9,9 @@ NO_EVENT = 0xFFFFFFFF  # in event numbers from the core: none
 
 
 class Kind(IntEnum):
-    """Event kinds; the numbers of `enum tdb_kind`."""
+    """Event kinds; the numbers of `enum tdb_kind`. UNKNOWN stands for numbers that are none."""
 
+    UNKNOWN = 0
     DELIVER = 1
     ENTER = 2
     RETURN = 3

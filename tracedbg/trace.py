@@ -26,6 +26,9 @@ SMALL = 64 << 20  # files up to this size are read whole and checked whole; larg
 
 Meta = dict[str, Any]
 
+_KINDS = tuple(Kind)
+_SOURCES = tuple(Source)
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryRange:
@@ -101,16 +104,13 @@ class Trace:
         return len(self.events) // wire.EVENT_SIZE
 
     def event(self, index: int) -> Event:
-        """Decode one event. Raises IndexError outside the trace, FormatError for an unknown kind."""
+        """Decode one event; an unknown kind or source is UNKNOWN. Raises IndexError outside the trace."""
         if not 0 <= index < self.count:
             raise IndexError(index)
         at = index * wire.EVENT_SIZE
         values = wire.EVENT_PACK.unpack_from(self.events, at)
-        try:
-            kind = Kind(values[12])
-            source = Source(values[14])
-        except ValueError as error:
-            raise FormatError(self.path, f"event {index}: {error}", self.events_offset + at) from None
+        kind = _KINDS[values[12]] if values[12] < len(_KINDS) else Kind.UNKNOWN
+        source = _SOURCES[values[14]] if values[14] < len(_SOURCES) else Source.UNKNOWN
         (time, rip, rsp, addr, value, rflags, code, number, cpu, cs, ss, known, _, arg, _, flags) = values
         return Event(
             index, kind, time, rip, rsp, addr, value, rflags, code, number, cpu, cs, ss,
@@ -297,6 +297,7 @@ class TraceWriter:
         self._crc = 0
         self._crc_events = 0
         self._events_offset = 0
+        self._early: dict[str, tuple[bytes, int]] = {}  # sections that stand before the events, and where
         self._target: str | None = None
         self._temporary: str | None = None
         self._closed = False
@@ -383,7 +384,7 @@ class TraceWriter:
             if self._crc_events:
                 self._seal()
             end = self._file.tell()
-            sections = {
+            sections: dict[str, bytes | None] = {
                 "EVENTS": None,
                 "LAYOUT": self.layout.to_bytes(),
                 "MEMORY": self._memory_bytes(),
@@ -396,6 +397,9 @@ class TraceWriter:
             for name, data in sections.items():
                 if data is None:
                     table.append((name, 0, self._events_offset, self.count * wire.EVENT_SIZE))
+                elif self._early.get(name, (b"", 0))[0] == data:
+                    if data:
+                        table.append((name, zlib.crc32(data), self._early[name][1], len(data)))
                 elif data:
                     end = self._pad(end)
                     self._file.write(data)
@@ -450,6 +454,7 @@ class TraceWriter:
         for name, data in early.items():
             pad = -at % wire.ALIGN
             table.append((name, zlib.crc32(data), at + pad, len(data)))
+            self._early[name] = (data, at + pad)
             body += bytes(pad) + data
             at += pad + len(data)
         pad = -at % wire.ALIGN

@@ -187,7 +187,7 @@ struct request {
 	uint32_t event;
 	uint16_t cpu;
 	uint8_t vector, source, length;  /* length: of the instruction, soft-int */
-	bool source_known;
+	bool vector_known;
 };
 
 /* Where the frame of a request would go and what it would hold (R1-R8). */

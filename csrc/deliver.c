@@ -68,7 +68,7 @@ bool deliver_place(const struct machine *m, const struct request *rq, struct pla
 	bool code = rq->source == TDB_SRC_EXCEPTION && has_error_code(rq->vector);
 	uint64_t base, top, size = code ? 48 : 40;
 
-	if (c->s.idt < 0)
+	if (c->s.idt < 0 || !rq->vector_known)
 		return false;
 	gate = &m->idt[c->s.idt]->gate[rq->vector];
 	if ((gate->flags & (TDB_GATE_KNOWN | TDB_GATE_PRESENT)) != (TDB_GATE_KNOWN | TDB_GATE_PRESENT))
@@ -150,7 +150,7 @@ static void raise_fake(struct machine *m, struct cpu *c, const struct request *r
 	uint32_t which = rq->vector == VECTOR_MC;
 	struct tdb_finding f;
 
-	if (rq->source == TDB_SRC_UNKNOWN || (rq->vector != VECTOR_NMI && rq->vector != VECTOR_MC))
+	if (!rq->vector_known || rq->source == TDB_SRC_UNKNOWN || (rq->vector != VECTOR_NMI && rq->vector != VECTOR_MC))
 		return;
 	if (rq->source == (which ? TDB_SRC_MC : TDB_SRC_NMI))
 		return;
@@ -173,7 +173,7 @@ static void raise_simple(struct machine *m, struct cpu *c, const struct request 
 	uint8_t mismatch = 0;
 
 	raise_fake(m, c, rq);
-	if (rq->vector == VECTOR_DF && rq->source == TDB_SRC_EXCEPTION) {
+	if (rq->vector_known && rq->vector == VECTOR_DF && rq->source == TDB_SRC_EXCEPTION) {
 		f = finding_new(TDB_R_DOUBLE_FAULT, TDB_EV_RECORDED, rq->event, rq->cpu);
 		f.cause_event = c->failed[0];
 		f.cause_frame = c->failed[1];
@@ -243,7 +243,7 @@ static int apply_failed(struct machine *m, struct cpu *c, const struct request *
 	m->stats.failed++;
 	c->failed[1] = c->failed[0];
 	c->failed[0] = rq->event;
-	if (e->known & TDB_K_ADDR && e->addr && e->known & TDB_K_ARG && deliver_place(m, rq, &p))
+	if (e->known & TDB_K_ADDR && e->addr && deliver_place(m, rq, &p))
 		return store_frame(m, &p.frame, e->addr);
 	return TDB_OK;
 }
@@ -254,7 +254,7 @@ int deliver_apply(struct machine *m, const struct tdb_event *e, uint32_t index)
 	struct request rq = {
 		.at = { .rip = e->rip, .rsp = e->rsp, .rflags = e->rflags, .code = e->code, .cs = e->cs, .ss = e->ss,
 			.known = e->known & (CONTEXT_BITS | TDB_K_CODE) },
-		.event = index, .cpu = e->cpu, .vector = e->arg,
+		.event = index, .cpu = e->cpu, .vector = e->arg, .vector_known = e->known & TDB_K_ARG,
 		.source = e->known & TDB_K_SOURCE && e->source < SOURCES ? e->source : TDB_SRC_UNKNOWN,
 	};
 	struct placement p;
@@ -271,10 +271,9 @@ int deliver_apply(struct machine *m, const struct tdb_event *e, uint32_t index)
 		return apply_failed(m, c, &rq, e);
 	m->stats.deliveries++;
 	observe(m, c, rq.cpu, &rq.at, index);
-	if (e->known & TDB_K_ARG)
-		raise_simple(m, c, &rq);
+	raise_simple(m, c, &rq);
 	c->failed[0] = c->failed[1] = NONE;
-	if (!(e->known & TDB_K_ARG) || !deliver_place(m, &rq, &p)) {
+	if (!deliver_place(m, &rq, &p)) {
 		m->stats.unjudged++;
 		registers_from(c, &(struct tdb_context){ 0 });
 		begin_masking(c, &rq);

@@ -144,7 +144,7 @@ static int apply_gate(struct machine *m, const struct cpu *c, const struct tdb_e
 	}
 	gate = &g->gate[e->arg];
 	*gate = (struct tdb_gate){ 0 };
-	if (!(e->known & TDB_K_VALUE) || !(e->known & TDB_K_CODE))
+	if ((e->known & (TDB_K_VALUE | TDB_K_CODE | TDB_K_CS)) != (TDB_K_VALUE | TDB_K_CODE | TDB_K_CS))
 		return TDB_OK;
 	gate->offset = e->value;
 	gate->selector = e->cs;
@@ -213,29 +213,28 @@ static struct node *movable(const struct machine *m, uint64_t key, const struct 
 static int apply_move(struct machine *m, const struct tdb_event *e, uint32_t index)
 {
 	struct node *n;
-	uint8_t bytes[48], known = 0;
+	uint8_t bytes[48], known[6];
 	uint64_t length, value;
 	uint32_t by;
 
-	if (!(e->known & TDB_K_ADDR) || !(e->known & TDB_K_VALUE) || e->addr > UINT64_MAX - 48)
+	if (!(e->known & TDB_K_ADDR) || e->addr > UINT64_MAX - 48)
 		return TDB_OK;
 	n = movable(m, stack_key(m->in, e->addr + 40), e, NULL);
 	n = movable(m, stack_key(m->in, e->addr + 48), e, n);
 	if (!n)
 		return TDB_OK;
 	n->f.status = TDB_FRAME_MOVED;
+	if (!(e->known & TDB_K_VALUE))
+		return TDB_OK;
 	length = n->f.hi - e->addr;
 	for (uint64_t i = 0; i < length; i += 8) {
-		memory_load(&m->mem, e->addr + i, &value, &known, &by);
+		memory_load(&m->mem, e->addr + i, &value, &known[i / 8], &by);
 		memcpy(bytes + i, &value, 8);
 	}
-	for (uint64_t i = 0; i < length; i++) {
-		int status;
+	for (uint64_t i = 0; i < length && e->value + i >= e->value; i++) {
+		bool have = known[i / 8] >> (i & 7) & 1;
+		int status = memory_store(&m->mem, e->value + i, have ? &bytes[i] : NULL, 1, index);
 
-		memory_load(&m->mem, e->addr + i, &value, &known, &by);
-		if (e->value + i < e->value)
-			break;
-		status = memory_store(&m->mem, e->value + i, known & 1 ? &bytes[i] : NULL, 1, index);
 		if (status)
 			return status;
 	}

@@ -148,20 +148,25 @@ static uint64_t slot_addr(const struct tdb_frame *f, int slot)
 	return slot == 5 ? f->hi - 48 : f->hi - 40 + 8 * (uint64_t)slot;
 }
 
-/* Slots of the victim that the writer's frame covers, and those of them that do not keep their value. */
-static void compare_frames(const struct tdb_frame *victim, const struct tdb_frame *writer, uint8_t *slots, uint8_t *differ)
+/* Slots of the victim that the writer's frame covers, and those of them whose memory does not keep its value. */
+static void compare_frames(const struct machine *m, const struct tdb_frame *victim, const struct tdb_frame *writer,
+			   uint8_t *slots, uint8_t *differ)
 {
-	struct word own[6], now[6];
+	struct word now[6];
 
-	frame_words(victim, own);
 	frame_words(writer, now);
 	*slots = *differ = 0;
 	for (int i = 0; i < (victim->has_code ? 6 : 5); i++) {
 		for (int j = 0; j < (writer->has_code ? 6 : 5); j++) {
+			uint64_t was;
+			uint8_t known;
+			uint32_t by;
+
 			if (slot_addr(victim, i) != slot_addr(writer, j))
 				continue;
 			*slots |= 1u << i;
-			if (!own[i].known || !now[j].known || own[i].value != now[j].value)
+			memory_load(&m->mem, slot_addr(victim, i), &was, &known, &by);
+			if (known != 0xff || !now[j].known || was != now[j].value)
 				*differ |= 1u << i;
 		}
 	}
@@ -208,7 +213,7 @@ static void overwrite_one(struct machine *m, const struct request *rq, struct pl
 	struct tdb_finding f = finding_new(TDB_R_FRAME_CLOBBERED, computed ? TDB_EV_COMPUTED : TDB_EV_INFERRED, rq->event,
 					   rq->cpu);
 
-	compare_frames(&n->f, &p->frame, &f.slots, &f.differ);
+	compare_frames(m, &n->f, &p->frame, &f.slots, &f.differ);
 	f.lo = n->f.lo > p->frame.lo ? n->f.lo : p->frame.lo;
 	f.hi = n->f.hi < p->frame.hi ? n->f.hi : p->frame.hi;
 	f.victim = n->f;

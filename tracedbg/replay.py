@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from tracedbg._core import ffi, lib
 from tracedbg.errors import ReplayError
@@ -29,6 +29,8 @@ from tracedbg.state import (
     Word,
 )
 from tracedbg.trace import Trace
+
+T = TypeVar("T")
 
 ABI = 1
 CHUNK = 1 << 20  # events per call into the core when nobody asks for less
@@ -186,20 +188,16 @@ class Replay:
 
     def stacks(self) -> tuple[Stack, ...]:
         """The named stacks and those with open frames, by address."""
-        return tuple(
-            Stack(s.lo, s.hi, s.cpu, s.slot, bool(s.flags & lib.TDB_STACK_NAMED), s.frames)
-            for s in self._all("struct tdb_stack[]", lib.tdb_get_stacks)
-        )
+        return self._all("struct tdb_stack[]", lib.tdb_get_stacks, _stack_value)
 
     def frames(self) -> tuple[Frame, ...]:
         """The open frames, in the order of their deliveries."""
-        return tuple(_frame_value(f) for f in self._all("struct tdb_frame[]", lib.tdb_get_frames))
+        return self._all("struct tdb_frame[]", lib.tdb_get_frames, _frame_value)
 
     def words(self, lo: int, hi: int) -> tuple[Word, ...]:
         """Words of [lo, hi) with a known byte or a writer, by address."""
-        return tuple(
-            Word(w.addr, w.value, w.known, tuple(_event(w.writer[b]) for b in range(8)))
-            for w in self._all("struct tdb_word[]", lambda r, out, cap: lib.tdb_get_words(r, lo, min(hi, NO_ADDR), out, cap))
+        return self._all(
+            "struct tdb_word[]", lambda r, out, cap: lib.tdb_get_words(r, lo, min(hi, NO_ADDR), out, cap), _word_value
         )
 
     def last_frame(self) -> Frame | None:
@@ -232,8 +230,10 @@ class Replay:
 
     def findings(self, first: int = 0) -> tuple[Finding, ...]:
         """Findings from number `first` on, as far as scanned, each with its final word."""
-        items = self._all("struct tdb_finding[]", lambda r, out, cap: lib.tdb_get_findings(r, first, out, cap), first)
-        return tuple(_finding_value(first + n, f) for n, f in enumerate(items))
+        total = max(self._check(lib.tdb_get_findings(self._handle, first, ffi.NULL, 0)) - first, 0)
+        out = ffi.new("struct tdb_finding[]", max(total, 1))
+        self._check(lib.tdb_get_findings(self._handle, first, out, total))
+        return tuple(_finding_value(first + n, out[n]) for n in range(total))
 
     def stats(self) -> Stats:
         """Counters of the forward pass."""
@@ -246,12 +246,12 @@ class Replay:
             }
         )
 
-    def _all(self, kind: str, call: Any, first: int = 0) -> Sequence[Any]:
-        """Ask for the total, then for all."""
-        total = max(self._check(call(self._handle, ffi.NULL, 0)) - first, 0)
+    def _all(self, kind: str, call: Callable[[Any, Any, int], int], value: Callable[[Any], T]) -> tuple[T, ...]:
+        """Ask for the total, then for all. Items are converted while `out`, which owns their memory, is alive."""
+        total = self._check(call(self._handle, ffi.NULL, 0))
         out = ffi.new(kind, max(total, 1))
         self._check(call(self._handle, out, total))
-        return [out[n] for n in range(total)]
+        return tuple(value(out[n]) for n in range(total))
 
 
 NO_ADDR = (1 << 64) - 1
@@ -271,6 +271,14 @@ def _context_value(c: Any) -> Context:
         c.ss if known & Known.SS else None,
         c.code if known & Known.CODE else None,
     )
+
+
+def _stack_value(s: Any) -> Stack:
+    return Stack(s.lo, s.hi, s.cpu, s.slot, bool(s.flags & lib.TDB_STACK_NAMED), s.frames)
+
+
+def _word_value(w: Any) -> Word:
+    return Word(w.addr, w.value, w.known, tuple(_event(w.writer[b]) for b in range(8)))
 
 
 def _frame_value(f: Any) -> Frame:

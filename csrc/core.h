@@ -30,6 +30,11 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire format is li
 
 /* -- inputs shared by all machines of a replay ------------------------------------------------------------------ */
 
+#define STACK_CACHE 64
+
+/* Addresses in (lo, hi] belong to the stack `key`: the last answers of stack_key(). */
+struct stack_cache { uint64_t lo, hi, key; };
+
 struct inputs {
 	struct tdb_config cfg;
 	const struct tdb_event *events;
@@ -44,6 +49,7 @@ struct inputs {
 	struct tdb_stack *stack;
 	uint64_t *stack_top;             /* hi of each, for the binary search */
 	struct tdb_region *user;
+	struct stack_cache *stack_cache; /* the only part that changes: a handle has one thread */
 };
 
 /* -- stack memory (memory.c) -------------------------------------------------------------------------------------- */
@@ -74,8 +80,10 @@ int memory_copy(struct memory *to, const struct memory *from);
 void memory_clear(struct memory *mem);
 /* Store one byte-granular range; bytes NULL: the bytes become unknown.  Wraps past 2^64 are cut. */
 int memory_store(struct memory *mem, uint64_t addr, const uint8_t *bytes, uint32_t length, uint32_t writer);
-/* Store an aligned word: the hot path of frame stores. */
+/* Store an aligned word. */
 int memory_store_word(struct memory *mem, uint64_t addr, uint64_t value, bool known, uint32_t writer);
+/* Store count aligned words downwards from top; bit i of `known`: value[i] is known. */
+int memory_store_down(struct memory *mem, uint64_t top, const uint64_t *value, uint32_t known, uint32_t count, uint32_t writer);
 /* Read a word of any alignment: value, known mask, and the writer of its lowest byte. */
 void memory_load(const struct memory *mem, uint64_t addr, uint64_t *value, uint8_t *known, uint32_t *writer);
 const struct page *memory_page(const struct memory *mem, uint64_t index);

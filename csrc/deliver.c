@@ -99,19 +99,12 @@ bool deliver_place(const struct machine *m, const struct request *rq, struct pla
 static int store_frame(struct machine *m, const struct tdb_frame *f, uint64_t words)
 {
 	const struct tdb_context *s = &f->saved;
-	const struct { uint64_t value; bool known; } word[6] = {
-		{ s->ss, s->known & TDB_K_SS }, { s->rsp, s->known & TDB_K_RSP }, { s->rflags, s->known & TDB_K_RFLAGS },
-		{ s->cs, s->known & TDB_K_CS }, { s->rip, s->known & TDB_K_RIP }, { s->code, s->known & TDB_K_CODE },
-	};
-	uint64_t count = f->has_code ? 6 : 5;
+	const uint64_t value[6] = { s->ss, s->rsp, s->rflags, s->cs, s->rip, s->code };
+	uint32_t known = (s->known & TDB_K_SS ? 1 : 0) | (s->known & TDB_K_RSP ? 2 : 0) | (s->known & TDB_K_RFLAGS ? 4 : 0) |
+			 (s->known & TDB_K_CS ? 8 : 0) | (s->known & TDB_K_RIP ? 16 : 0) | (s->known & TDB_K_CODE ? 32 : 0);
+	uint32_t count = f->has_code ? 6 : 5;
 
-	for (uint64_t i = 0; i < count && i < words; i++) {
-		int status = memory_store_word(&m->mem, f->hi - 8 * (i + 1), word[i].value, word[i].known, f->entry);
-
-		if (status)
-			return status;
-	}
-	return TDB_OK;
+	return memory_store_down(&m->mem, f->hi, value, known, words < count ? (uint32_t)words : count, f->entry);
 }
 
 static void registers_from(struct cpu *c, const struct tdb_context *at)

@@ -200,6 +200,34 @@ int memory_store_word(struct memory *mem, uint64_t addr, uint64_t value, bool kn
 	return TDB_OK;
 }
 
+int memory_store_down(struct memory *mem, uint64_t top, const uint64_t *value, uint32_t known, uint32_t count, uint32_t writer)
+{
+	struct page *page;
+	uint32_t word;
+
+	if (unlikely((top - 8) >> PAGE_SHIFT != (top - 8 * count) >> PAGE_SHIFT)) {
+		for (uint32_t i = 0; i < count; i++) {
+			int status = memory_store_word(mem, top - 8 * (i + 1), value[i], known >> i & 1, writer);
+
+			if (status)
+				return status;
+		}
+		return TDB_OK;
+	}
+	page = writable(mem, (top - 8) >> PAGE_SHIFT, writer);
+	if (unlikely(!page))
+		return TDB_E_NOMEM;
+	word = (top - 8) >> 3 & (PAGE_WORDS - 1);
+	for (uint32_t i = 0; i < count; i++) {
+		bool have = known >> i & 1;
+
+		page->value[word - i] = have ? value[i] : 0;
+		page->known[word - i] = have ? 0xff : 0;
+		page->writer[word - i] = writer;
+	}
+	return TDB_OK;
+}
+
 static int store_part(struct memory *mem, uint64_t addr, const uint8_t *bytes, uint32_t length, uint32_t writer)
 {
 	struct page *page = writable(mem, addr >> PAGE_SHIFT, writer);

@@ -47,7 +47,8 @@ static int take_regions(struct inputs *in, const struct tdb_layout *l)
 	in->stack = calloc(l->region_count + 1, sizeof(*in->stack));
 	in->stack_top = calloc(l->region_count + 1, sizeof(*in->stack_top));
 	in->user = calloc(l->region_count + 1, sizeof(*in->user));
-	if (!in->stack || !in->stack_top || !in->user)
+	in->stack_cache = calloc(STACK_CACHE, sizeof(*in->stack_cache));
+	if (!in->stack || !in->stack_top || !in->user || !in->stack_cache)
 		return TDB_E_NOMEM;
 	for (uint32_t i = 0; i < l->region_count; i++) {
 		const struct tdb_region *r = &l->region[i];
@@ -136,6 +137,7 @@ void tdb_close(tdb_replay *r)
 	free(r->in.stack);
 	free(r->in.stack_top);
 	free(r->in.user);
+	free(r->in.stack_cache);
 	free(r);
 }
 

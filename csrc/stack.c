@@ -3,10 +3,12 @@
 
 #define BLOCK_SHIFT 14
 
-uint64_t stack_key(const struct inputs *in, uint64_t addr)
+/* Fill a cache entry with the whole interval (lo, hi] around an address that has one answer. */
+static uint64_t look_up(const struct inputs *in, uint64_t addr, struct stack_cache *entry)
 {
 	const uint64_t *top = in->stack_top;
 	uint32_t lo = 0, hi = in->stack_count;
+	uint64_t block = (addr - 1) >> BLOCK_SHIFT, below, above;
 
 	while (lo < hi) {                /* the first region with hi >= addr */
 		uint32_t mid = (lo + hi) / 2;
@@ -16,9 +18,27 @@ uint64_t stack_key(const struct inputs *in, uint64_t addr)
 		else
 			lo = mid + 1;
 	}
-	if (lo < in->stack_count && in->stack[lo].lo < addr)
-		return lo;
-	return KEY_ANON | (addr - 1) >> BLOCK_SHIFT;
+	below = lo ? top[lo - 1] : 0;
+	if (lo < in->stack_count && in->stack[lo].lo < addr) {
+		entry->lo = below > in->stack[lo].lo ? below : in->stack[lo].lo;
+		entry->hi = top[lo];
+		return entry->key = lo;
+	}
+	entry->lo = below > block << BLOCK_SHIFT ? below : block << BLOCK_SHIFT;
+	above = (block << BLOCK_SHIFT) + ((1u << BLOCK_SHIFT) - 1);
+	if (lo < in->stack_count && in->stack[lo].lo < above)
+		above = in->stack[lo].lo;
+	entry->hi = above;
+	return entry->key = KEY_ANON | block;
+}
+
+uint64_t stack_key(const struct inputs *in, uint64_t addr)
+{
+	struct stack_cache *entry = &in->stack_cache[(addr - 1) >> 13 & (STACK_CACHE - 1)];
+
+	if (likely(addr > entry->lo && addr <= entry->hi))
+		return entry->key;
+	return look_up(in, addr, entry);
 }
 
 void stack_bounds(const struct inputs *in, uint64_t key, uint64_t *lo, uint64_t *hi)

@@ -1,0 +1,429 @@
+"""The command line as a user meets it: exit codes, streams, files, hostile names."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from samples import CS, DEFAULT_IDLE, LAYOUT, TASK_RSP, fill_race, write_race
+
+from tracedbg import __version__
+from tracedbg.layout import Layout, to_toml
+from tracedbg.state import Kind, Source
+from tracedbg.trace import Trace, TraceWriter
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def race_file(tmp_path: Path) -> Path:
+    """The race without returns: one error."""
+    write_race(tmp_path / "race.tdbg")
+    return tmp_path / "race.tdbg"
+
+
+@pytest.fixture
+def clean_file(tmp_path: Path) -> Path:
+    """One NMI and its return: clean."""
+    with TraceWriter(tmp_path / "clean.tdbg") as writer:
+        writer.layout = LAYOUT
+        writer.event(Kind.DELIVER, cpu=0, rip=DEFAULT_IDLE, rsp=TASK_RSP, cs=CS, ss=0, rflags=0x206, arg=2, source=Source.NMI)
+        writer.event(Kind.RETURN, cpu=0, rsp=0xFFFF8300BFFD2FD8, addr=DEFAULT_IDLE, value=TASK_RSP, rflags=0x206, cs=CS, ss=0)
+    return tmp_path / "clean.tdbg"
+
+
+@pytest.fixture
+def gap_file(tmp_path: Path) -> Path:
+    """A gap and nothing else."""
+    with TraceWriter(tmp_path / "gap.tdbg") as writer:
+        writer.layout = LAYOUT
+        writer.event(Kind.GAP, cpu=0, value=7)
+    return tmp_path / "gap.tdbg"
+
+
+# -- exit codes ---------------------------------------------------------------------------------------------------------
+
+
+def test_findings_exit_1_and_the_report_is_on_stdout(run_cli: Cli, race_file: Path) -> None:
+    done = run_cli("replay", race_file, code=1)
+    assert done.stdout.endswith("\nverdict: 1 error\n")
+    assert "frame-clobbered" in done.stdout
+    assert done.stderr == ""
+
+
+def test_clean_exits_0(run_cli: Cli, clean_file: Path) -> None:
+    assert run_cli("replay", clean_file, code=0).stdout.endswith("verdict: clean\n")
+
+
+def test_a_gap_exits_3(run_cli: Cli, gap_file: Path) -> None:
+    assert "verdict: unknown: records are missing (1 gap) (1 note)" in run_cli("replay", gap_file, code=3).stdout
+
+
+def test_no_layout_exits_3_and_says_how_to_get_one(run_cli: Cli, tmp_path: Path) -> None:
+    write_race(tmp_path / "bare.tdbg", layout=Layout())
+    done = run_cli("replay", "bare.tdbg", code=3)
+    assert "verdict: unknown: no layout: 3 deliveries cannot be placed on a stack" in done.stdout
+    assert "give it with --layout" in done.stderr
+
+
+def test_the_monitor_commands_of_the_importer_are_printed(run_cli: Cli, tmp_path: Path) -> None:
+    with TraceWriter(tmp_path / "bare.tdbg") as writer:
+        fill_race(writer)
+        writer.layout = Layout()
+        writer.meta = {"layout": {"missing": True, "commands": ["info registers -a", "x /26xw 0x5000\x1b[31m"]}}
+    done = run_cli("replay", "bare.tdbg", code=3)
+    assert done.stderr.splitlines()[1:] == ["    info registers -a", "    x /26xw 0x5000?[31m"]
+
+
+@pytest.mark.parametrize(("fail_on", "code"), [("error", 3), ("warning", 3), ("note", 1)])
+def test_fail_on(run_cli: Cli, gap_file: Path, fail_on: str, code: int) -> None:
+    run_cli("replay", "--fail-on", fail_on, gap_file, code=code)
+
+
+def test_exit_zero(run_cli: Cli, race_file: Path, gap_file: Path) -> None:
+    run_cli("replay", "--exit-zero", race_file, gap_file, code=0)
+    run_cli("replay", "--exit-zero", race_file, "missing.tdbg", code=2)
+
+
+def test_of_several_traces_the_worst_counts(run_cli: Cli, race_file: Path, clean_file: Path, gap_file: Path) -> None:
+    run_cli("replay", clean_file, gap_file, code=3)
+    run_cli("replay", clean_file, gap_file, race_file, code=1)
+    done = run_cli("replay", "missing.tdbg", race_file, code=2)
+    assert "verdict: 1 error" in done.stdout  # the others still have their verdict
+    assert done.stderr == "tracedbg: missing.tdbg: no such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["replay", "missing"], "missing: no such file or directory"),
+        (["replay", "."], ".: is a directory"),
+        (["replay"], "required: TRACE"),
+        (["replay", "--format", "xml", "x"], "invalid choice: 'xml'"),
+        (["replay", "--stores", "20-10", "x"], "is not LO-HI in hex"),
+        (["replay", "--layout", "plan9", "x"], "no layout preset 'plan9'"),
+        (["replay", "--max-findings", "-3", "x"], "--max-findings"),
+        (["replay", "--from", "vhs", "race.tdbg"], "no input format 'vhs'"),
+        (["replay", "--at", "4", "race.tdbg"], "has no such event (the last is 3)"),
+        (["replay", "--at", "0x3", "race.tdbg"], "--at takes the number of an event"),
+        (["replay", "--monitor", "m", "race.tdbg"], "--monitor belongs to the log of an emulator"),
+        (["replay", "--symbols", "race.tdbg", "race.tdbg"], "not a line of a symbol map"),
+        (["replay", "-", "-"], "standard input can be read only once"),
+        (["repaly", "race.tdbg"], "repaly: no such file or command; did you mean replay?"),
+        (["race.tdbg"], "the viewer needs a terminal"),
+        (["view", "race.tdbg"], "the viewer needs a terminal"),
+        (["explain", "frame-cloberred"], "did you mean frame-clobbered?"),
+        (["help", "layuot"], "did you mean layout?"),
+        (["convert", "race.tdbg"], "required: OUT"),
+        (["convert", "race.tdbg", "race.tdbg"], "race.tdbg exists; --force overwrites it"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(run_cli: Cli, race_file: Path, words: list[str], said: str) -> None:
+    done = run_cli(*words, code=2)
+    assert done.stdout == ""
+    assert done.stderr.startswith("tracedbg: ") and done.stderr.count("\n") == 1
+    assert said in done.stderr
+
+
+def test_no_command_prints_the_help(run_cli: Cli) -> None:
+    assert "usage: tracedbg" in run_cli(code=2).stderr
+
+
+def test_version_and_help(run_cli: Cli) -> None:
+    assert run_cli("--version", code=0).stdout == f"tracedbg {__version__}\n"
+    assert "examples:" in run_cli("--help", code=0).stdout
+    for verb in ("replay", "convert", "info", "view", "explain", "help"):
+        assert "examples:" in run_cli(verb, "--help", code=0).stdout
+
+
+def test_a_damaged_trace_names_the_offset(run_cli: Cli, race_file: Path) -> None:
+    data = race_file.read_bytes()
+    race_file.write_bytes(data[: len(data) // 2])
+    assert "race.tdbg: offset 0x" in run_cli("replay", "race.tdbg", code=2).stderr
+
+
+# -- streams ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_goes_away_is_no_error(race_file: Path, root: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tracedbg", "replay", "-v", "--stacks", *[str(race_file)] * 200],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 141
+    process.stderr.close()
+
+
+def test_a_full_disk_is_one_line(race_file: Path, root: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tracedbg", "replay", str(race_file)], stdout=full, stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(root)}, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == b"tracedbg: cannot write: no space left on device\n"
+
+
+def test_ctrl_c_exits_130(root: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tracedbg", "replay", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(root)}, cwd=tmp_path,
+    )  # fmt: skip
+    time.sleep(1.0)  # it waits for the rest of its input
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, b"")
+    assert b"Traceback" not in err
+
+
+def test_standard_input(run_cli: Cli, race_file: Path) -> None:
+    data = race_file.read_bytes()
+    for stdin in (data, gzip.compress(data)):
+        done = run_cli("replay", "-", stdin=stdin, code=1)
+        assert done.stdout.startswith("-: 4 events, 1 CPU")
+
+
+def test_names_cannot_act_on_a_terminal(run_cli: Cli, race_file: Path, tmp_path: Path) -> None:
+    name = "a\x1b[31mb\u202e"
+    (tmp_path / name).write_bytes(race_file.read_bytes())
+    done = run_cli("replay", name, code=1)
+    assert "\x1b" not in done.stdout and "\u202e" not in done.stdout
+    done = run_cli("replay", name + "2", code=2)
+    assert "\x1b" not in done.stderr
+    done = run_cli("replay", "--bad\x1b[31m", code=2)
+    assert "\x1b" not in done.stderr
+    raw = run_cli("replay", b"\xff\xfe.tdbg".decode("utf-8", "surrogateescape"), code=2)
+    assert raw.stderr.endswith("no such file or directory\n")
+
+
+def test_a_narrow_locale_escapes_instead_of_failing(run_cli: Cli, race_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "ä.tdbg").write_bytes(race_file.read_bytes())
+    done = run_cli("replay", "ä.tdbg", code=1, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.stdout.startswith("\\xe4.tdbg: 4 events")
+
+
+def test_the_same_input_gives_the_same_bytes(run_cli: Cli, race_file: Path) -> None:
+    for form in ("text", "json"):
+        first = run_cli("replay", "--format", form, race_file, PYTHONHASHSEED="1").stdout
+        assert run_cli("replay", "--format", form, race_file, PYTHONHASHSEED="2").stdout == first
+
+
+# -- replay -------------------------------------------------------------------------------------------------------------
+
+
+def test_json(run_cli: Cli, race_file: Path, clean_file: Path) -> None:
+    report = json.loads(run_cli("replay", "--format", "json", "race.tdbg", "missing", "clean.tdbg", code=2).stdout)
+    assert [trace["name"] for trace in report["traces"]] == ["race.tdbg", "missing", "clean.tdbg"]
+    assert report["traces"][0]["findings"][0]["rule"] == "frame-clobbered"
+    assert report["traces"][1]["error"] == "missing: no such file or directory"
+    assert report["traces"][2]["verdict"] == "clean"
+
+
+def test_output_file(run_cli: Cli, race_file: Path, tmp_path: Path) -> None:
+    done = run_cli("replay", "-o", "out.txt", race_file, code=1)
+    assert done.stdout == ""
+    assert (tmp_path / "out.txt").read_text().endswith("verdict: 1 error\n")
+    assert "out.txt exists; --force overwrites it" in run_cli("replay", "-o", "out.txt", race_file, code=2).stderr
+    run_cli("replay", "-o", "out.txt", "--force", race_file, code=1)
+    run_cli("replay", "-o", "never.txt", "missing", code=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.txt", "race.tdbg"]  # nothing half-written
+    assert "no such file or directory" in run_cli("replay", "-o", "no/where.txt", race_file, code=2).stderr
+
+
+def test_at_shows_what_is_known_by_then(run_cli: Cli, race_file: Path) -> None:
+    before = run_cli("replay", "--at", "1", "--stacks", race_file, code=1).stdout
+    assert "state after event 1 (#570) of 4: cpu 0, #MC  at do_nmi+2" in before
+    assert "frame-clobbered" not in before
+    assert "  NMI at event 0 (#569)  IST2" in before
+    after = run_cli("replay", "--at", "3", "--stacks", race_file, code=1).stdout
+    assert "frame-clobbered" in after
+    assert "  ! ffff8300bffd2fd8  ffff82d04032a242  rip" in after
+    assert "state at the start" in run_cli("replay", "--at", "start", race_file, code=1).stdout
+    assert "state after event 3" in run_cli("replay", "--at", "end", race_file, code=1).stdout
+
+
+def test_stacks_alone_are_shown_at_the_first_finding(run_cli: Cli, race_file: Path) -> None:
+    done = run_cli("replay", "--stacks", race_file, code=1).stdout
+    assert "verdict: 1 error" in done and "state after event 3 (#571)" in done
+
+
+def test_verbose_has_counters_and_fixes(run_cli: Cli, race_file: Path) -> None:
+    done = run_cli("replay", "-v", race_file, code=1).stdout
+    assert "known ways out:" in done
+    assert "deliveries: 3 (3 placed" in done
+    assert "on IST stacks: IST1 (MC) 1, IST2 (NMI) 2; without: 0" in done
+
+
+def test_max_findings(run_cli: Cli, race_file: Path) -> None:
+    done = run_cli("replay", "--max-findings", "0", race_file, code=1).stdout
+    assert "1 more findings are not shown" in done or "1 more finding is not shown" in done
+    assert "verdict: 1 error" in done
+
+
+def test_a_layout_is_laid_over_a_native_trace(run_cli: Cli, tmp_path: Path) -> None:
+    write_race(tmp_path / "bare.tdbg", layout=Layout())
+    (tmp_path / "tables.toml").write_text(to_toml(replace(LAYOUT, regions=())))
+    done = run_cli("replay", "--layout", "xen", "--layout", "tables.toml", "bare.tdbg", code=1)
+    assert "verdict: 1 error" in done.stdout
+    run_cli("convert", "--layout", "tables.toml", "--layout", "xen", "bare.tdbg", "full.tdbg", code=0)
+    assert run_cli("replay", "full.tdbg", code=1).stdout.endswith("verdict: 1 error\n")
+
+
+# -- convert ------------------------------------------------------------------------------------------------------------
+
+
+def test_convert_keeps_everything(run_cli: Cli, race_file: Path, tmp_path: Path) -> None:
+    run_cli("convert", race_file, "copy.tdbg", code=0)
+    assert (tmp_path / "copy.tdbg").read_bytes() == race_file.read_bytes()
+    assert stat.S_IMODE((tmp_path / "copy.tdbg").stat().st_mode) & 0o444 == 0o444
+    piped = run_cli("convert", "-", "-", stdin=race_file.read_bytes(), binary=True, code=0)
+    assert piped.stdout == race_file.read_bytes()
+
+
+def test_convert_takes_only_the_symbols_that_it_needs(run_cli: Cli, race_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "xen.map").write_text(
+        "ffff82d040201e00 T nmi\nffff82d040201f00 T machine_check\nffff82d040202000 T unused\n"
+        "ffff82d0402f9b40 t default_idle\nffff82d0402fa000 T other\nffff82d04032a240 T do_nmi_new\nffff82d04032a300 T rest\n"
+    )
+    run_cli("convert", "--symbols", "xen.map", race_file, "named.tdbg", code=0)
+    with Trace.open(tmp_path / "named.tdbg") as trace:
+        names = [line.split()[2] for line in trace.symbols.decode().splitlines()]
+    assert names == ["nmi", "machine_check", "default_idle", "do_nmi_new"]
+    assert "do_nmi_new+2" in run_cli("replay", "named.tdbg", code=1).stdout
+
+
+def test_convert_leaves_nothing_behind_when_it_fails(run_cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "bad").write_bytes(b"\0" * 100)
+    run_cli("convert", "bad", "out.tdbg", code=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad"]
+
+
+# -- info, explain, help ------------------------------------------------------------------------------------------------
+
+
+def test_info(run_cli: Cli, race_file: Path, golden: Callable[[str, str], None]) -> None:
+    golden("info-race.txt", run_cli("info", "--check", "-v", "race.tdbg", code=0).stdout)
+
+
+def test_info_of_damage(run_cli: Cli, race_file: Path) -> None:
+    data = bytearray(race_file.read_bytes())
+    with Trace.open(race_file) as trace:
+        data[trace.events_offset + 70] ^= 1
+    race_file.write_bytes(data)
+    assert "checksum of events 0 to 3 is wrong" in run_cli("info", "--check", "race.tdbg", code=2).stderr
+
+
+def test_info_of_nothing(run_cli: Cli, tmp_path: Path) -> None:
+    with TraceWriter(tmp_path / "empty.tdbg"):
+        pass
+    assert "events: 0, 1 CPU" in run_cli("info", "-v", "empty.tdbg", code=0).stdout
+    assert run_cli("replay", "empty.tdbg", code=0).stdout.endswith("verdict: clean\n")
+
+
+def test_explain(run_cli: Cli) -> None:
+    listed = run_cli("explain", code=0).stdout
+    assert len(listed.splitlines()) == 12
+    one = run_cli("explain", "resume-loop", code=0).stdout
+    assert one.startswith("resume-loop (error)\n") and "SDM Vol. 3A 6.14.5" in one and "Known ways out:" in one
+
+
+def test_help_pages(run_cli: Cli) -> None:
+    listed = run_cli("help", code=0).stdout
+    topics = [line.split()[0] for line in listed.splitlines()]
+    assert {"findings", "formats", "layout", "replay"} <= set(topics)
+    for topic in topics:
+        assert run_cli("help", topic, code=0).stdout.startswith("# ")
+
+
+# -- real recordings ----------------------------------------------------------------------------------------------------
+
+
+def dump_layout(path: Path) -> str:
+    """The TOML layout of a recorded dump of TSS and IDT."""
+    from tracedbg.layout import CpuTables, Idt, Tss
+
+    raw = path.read_bytes()
+    dump = json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)
+    tss = tuple(Tss.from_bytes(int(cpu["tr_base"], 16), bytes.fromhex(cpu["tss_hex"])) for cpu in dump["vcpus"])
+    idts = {int(cpu["idt_base"], 16): bytes.fromhex(cpu["idt_hex"]) for cpu in dump["vcpus"]}
+    bases = list(idts)
+    cpus = tuple(CpuTables(n, bases.index(int(cpu["idt_base"], 16))) for n, cpu in enumerate(dump["vcpus"]))
+    return to_toml(Layout(tss, tuple(Idt.from_bytes(base, data) for base, data in idts.items()), cpus))
+
+
+@pytest.mark.parametrize(
+    ("case", "system", "code", "said"),
+    [
+        ("xen-nested/smp1-xnmi_mce_nmi", "xen", 1, "verdict: 1 error"),
+        ("xen-nested/smp1-xnmi_masked", "xen", 0, "verdict: clean"),
+        ("xen-nested/smp1-xmce_in_nmi", "xen", 0, "verdict: clean"),
+        ("linux-nested/smp1-nest_nmi_masked", "linux", 0, "verdict: 1 note"),
+        ("linux-nested/smp1-nest_nmi_masked_nokp", "linux", 0, "verdict: clean"),
+        ("linux-nested/smp1-mce_in_nmi", "linux", 0, "verdict: clean"),
+    ],
+)
+def test_the_known_verdicts(
+    run_cli: Cli, shared: Path, tmp_path: Path, case: str, system: str, code: int, said: str
+) -> None:
+    base = shared / "qemu" / case
+    dump = next(base.parent.glob(f"{base.name}.dump.json*"))
+    (tmp_path / "layout.toml").write_text(dump_layout(dump))
+    symbols = {"xen": "xen-syms-4.17-amd64.map.gz", "linux": "kallsyms-linux-6.1.0-56-amd64-nokaslr.txt.gz"}[system]
+    options = ("--layout", system, "--layout", "layout.toml", "--symbols", shared / "symbols" / symbols)
+    done = run_cli("replay", *options, f"{base}.log.gz", code=code)
+    assert done.stdout.endswith(f"{said}\n")
+    # The native trace says the same, with names and layout of its own.
+    run_cli("convert", *options, f"{base}.log.gz", "native.tdbg", code=0)
+    native = run_cli("replay", "native.tdbg", code=code)
+    assert native.stdout.splitlines()[1:] == done.stdout.splitlines()[1:]
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "code", "said"),
+    [
+        ("istlab/a", [], 0, "verdict: 1 warning"),  # the log alone proves no more
+        ("istlab/a0", [], 0, "verdict: clean"),
+        ("istlab/b_pic", [], 0, "verdict: 2 warnings"),
+        ("istlab/c_lapic", [], 0, "verdict: 2 warnings"),
+        ("istlab/d_mcip", [], 1, "verdict: 1 error"),
+        ("istlab/e_int1", [], 0, "verdict: 1 warning"),
+        ("istlab/f_ist_ipi", [], 0, "verdict: clean"),
+        ("istlab/f_noist_ipi", ["--layout", "user.toml"], 1, "verdict: 1 error"),
+        ("istlab/x_df", [], 1, "verdict: 1 error"),
+        ("istlab-plugin/a", ["--stores", "106000-113000"], 0, "verdict: 1 note"),
+        ("istlab-plugin/g", ["--stores", "106000-113000"], 1, "verdict: 2 errors"),
+    ],
+)
+def test_the_known_verdicts_of_the_bare_metal_guest(
+    run_cli: Cli, shared: Path, tmp_path: Path, case: str, options: list[str], code: int, said: str
+) -> None:
+    (tmp_path / "user.toml").write_text('user = [["0x111000", "0x113000"]]\n')
+    done = run_cli("replay", *options, shared / "qemu" / case / "qemu.log", code=code)
+    assert done.stdout.endswith(f"{said}\n")
+
+
+def test_the_report_for_a_mail(
+    run_cli: Cli, shared: Path, tmp_path: Path, golden: Callable[[str, str], None]
+) -> None:
+    folder = shared / "qemu" / "xen-nested"
+    (tmp_path / "layout.toml").write_text(dump_layout(folder / "smp1-xnmi_mce_nmi.dump.json.gz"))
+    (tmp_path / "race.log.gz").write_bytes((folder / "smp1-xnmi_mce_nmi.log.gz").read_bytes())
+    symbols = shared / "symbols" / "xen-syms-4.17-amd64.map.gz"
+    done = run_cli("replay", "--layout", "xen", "--layout", "layout.toml", "--symbols", symbols, "race.log.gz", code=1)
+    golden("report-xen-log.txt", done.stdout)

@@ -1,0 +1,239 @@
+"""What several verbs share: input options, opening a trace, output that is whole or not there, progress."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import io
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from tracedbg.errors import FormatError, UsageError
+from tracedbg.text import clean, clean_path
+
+if TYPE_CHECKING:
+    from tracedbg.layout import Layout
+    from tracedbg.replay import Replay
+    from tracedbg.symbols import Symbols
+    from tracedbg.trace import Trace
+
+CLEAN, FINDINGS, USAGE, UNKNOWN, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
+
+
+def input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say how an input is read."""
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "--monitor", metavar="FILE", action="append", default=[], help="text of QEMU's monitor with the TSS and IDT (repeatable)"
+    )
+    group.add_argument(
+        "--layout", metavar="FILE|PRESET", action="append", default=[],
+        help="layout as a TOML file, or a preset: linux, xen (repeatable; `tracedbg help layout`)",
+    )  # fmt: skip
+    group.add_argument("--symbols", metavar="MAP", help="System.map, kallsyms, nm output or Xen's map")
+    group.add_argument("--from", dest="from_format", metavar="FMT", help="input format, instead of recognising it by content")
+    group.add_argument(
+        "--stores", metavar="LO-HI", action="append", default=[], type=address_range,
+        help="the source records every store into this range (repeatable)",
+    )  # fmt: skip
+
+
+def address_range(text: str) -> tuple[int, int]:
+    """`LO-HI` of hex numbers."""
+    low, dash, high = text.partition("-")
+    try:
+        lo, hi = int(low, 16), int(high, 16)
+    except ValueError:
+        lo = hi = 0
+    if not dash or not 0 <= lo < hi <= 1 << 64:
+        raise argparse.ArgumentTypeError(f"{clean(text)!r} is not LO-HI in hex")
+    return lo, hi
+
+
+class Inputs:
+    """The input options, checked once: layouts and symbols are read before any trace."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from tracedbg.layout import load_toml
+
+        self.from_format: str | None = args.from_format
+        self.monitor: tuple[str, ...] = tuple(args.monitor)
+        self.stores: tuple[tuple[int, int], ...] = tuple(args.stores)
+        self.layout: Layout | None = None
+        for name in args.layout:
+            layout = load_toml(name)
+            self.layout = layout if self.layout is None else merge_layouts(self.layout, layout)
+        self.symbols: Symbols | None = None
+        if args.symbols is not None:
+            from tracedbg.symbols import Symbols
+
+            self.symbols = Symbols.load(args.symbols)
+
+    def open(self, paths: Sequence[str]) -> Trace:
+        """Open one recording. A native trace takes the layout that was given on top of its own."""
+        from tracedbg import formats
+
+        options = formats.ReaderOptions(
+            from_format=self.from_format, layout=self.layout, monitor=self.monitor, stores=self.stores
+        )
+        native = is_native(paths[0], self.from_format)
+        if native and self.monitor:
+            raise UsageError("--monitor belongs to the log of an emulator; a native trace takes --layout")
+        trace = formats.open_inputs(list(paths), options=options)
+        if native:
+            self._add(trace)
+        return trace
+
+    def _add(self, trace: Trace) -> None:
+        """What a reader would have taken from the options."""
+        if self.layout is not None:
+            trace.layout = merge_layouts(trace.layout, self.layout).with_stacks()
+        if self.stores:
+            from tracedbg.layout import REGION_STORES, Region
+
+            added = tuple(Region(lo, min(hi, (1 << 64) - 1), REGION_STORES) for lo, hi in self.stores)
+            trace.layout = replace(trace.layout, regions=(*trace.layout.regions, *added))
+
+
+def is_native(path: str, from_format: str | None) -> bool:
+    """Whether an input is a native trace, looked at without taking anything from a pipe."""
+    from tracedbg import formats, wire
+    from tracedbg.formats.source import Input
+
+    if from_format is not None:
+        return from_format == formats.NATIVE
+    if path == "-":
+        peek = getattr(sys.stdin.buffer, "peek", None)
+        return peek is not None and bytes(peek(8)[:8]) == wire.MAGIC
+    if not os.path.isfile(path):
+        return False
+    with Input(path) as source:
+        return source.head.startswith(wire.MAGIC)
+
+
+def merge_layouts(base: Layout, more: Layout) -> Layout:
+    """`more` on top of `base`: its tables and names win, those that only base has stay, ranges are added."""
+    from tracedbg.layout import CpuTables
+
+    tss = (*more.tss, *(t for t in base.tss if all(t.base != m.base for m in more.tss)))
+    idts = (*more.idts, *(i for i in base.idts if all(i.base != m.base for m in more.idts)))
+    tss_at = {t.base: n for n, t in enumerate(tss)}
+    idt_at = {i.base: n for n, i in enumerate(idts)}
+    cpus = []
+    for number in range(max(len(base.cpus), len(more.cpus))):
+        loaded_tss = loaded_idt = None
+        for layout in (base, more):
+            tables = layout.cpus[number] if number < len(layout.cpus) else CpuTables()
+            if tables.tss is not None:
+                loaded_tss = tss_at[layout.tss[tables.tss].base]
+            if tables.idt is not None:
+                loaded_idt = idt_at[layout.idts[tables.idt].base]
+        cpus.append(CpuTables(loaded_tss, loaded_idt))
+    regions = (*base.regions, *(r for r in more.regions if r not in base.regions))
+    names = {**base.names, **more.names}
+    return replace(base, tss=tss, idts=idts, cpus=tuple(cpus), regions=regions, names=names)
+
+
+def position_of(at: str, trace: Trace) -> int:
+    """The position that --at names: N is the state after event N."""
+    if at in ("start", "end"):
+        return 0 if at == "start" else trace.count
+    if not (at.isascii() and at.isdecimal()) or len(at) > 12:
+        raise UsageError("--at takes the number of an event, `start` or `end`")
+    if int(at) >= trace.count:
+        last = f"the last is {trace.count - 1}" if trace.count else "it has none"
+        raise UsageError(f"--at {at}: {clean_path(trace.path)} has no such event ({last})")
+    return int(at) + 1
+
+
+class Progress:
+    """A line on stderr while something takes long; silent if stderr is not a terminal."""
+
+    def __init__(self, what: str) -> None:
+        self.what = clean_path(what)
+        self.active = sys.stderr.isatty()
+        self._shown = False
+        self._next = time.monotonic() + 0.5  # what is done before that needs no line
+
+    def at(self, done: int, total: int) -> None:
+        """Show how far it is."""
+        if not self.active or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + 0.1
+        self._shown = True
+        percent = 100 * done // max(total, 1)
+        sys.stderr.write(f"\r\x1b[K{self.what}: {done:,} of {total:,} events ({percent}%)")
+        sys.stderr.flush()
+
+    def done(self) -> None:
+        """Take the line away."""
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self._shown = False
+
+
+def scan(replay: Replay, what: str) -> None:
+    """The forward pass, with progress."""
+    progress = Progress(what)
+    try:
+        while replay.scan(1 << 20):
+            progress.at(replay.scanned, replay.count)
+    finally:
+        progress.done()
+
+
+def check_output(path: str, force: bool) -> None:
+    """Refuse an output that exists before any work is done."""
+    if path != "-" and os.path.lexists(path) and not force:
+        raise UsageError(f"{clean_path(path)} exists; --force overwrites it")
+
+
+@contextlib.contextmanager
+def text_output(path: str | None, force: bool) -> Iterator[TextIO]:
+    """stdout, or a file that appears when it is whole."""
+    if path is None or path == "-":
+        yield sys.stdout
+        return
+    check_output(path, force)
+    target = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        with io.TextIOWrapper(os.fdopen(handle, "wb"), encoding="utf-8", newline="\n") as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        _remove(temporary)
+        raise _cannot_write(path, error) from None
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _cannot_write(path: str, error: OSError) -> Exception:
+    if error.errno == errno.EPIPE:
+        return error
+    return FormatError(path, (error.strerror or str(error)).lower())
+
+
+def message(text: str) -> None:
+    """One line for the user, on stderr."""
+    sys.stderr.write(f"tracedbg: {clean(text, 4096)}\n")

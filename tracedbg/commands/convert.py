@@ -1,0 +1,109 @@
+"""`tracedbg convert`: foreign traces into one native file with layout and symbols."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shutil
+import struct
+import sys
+import tempfile
+from typing import TYPE_CHECKING, BinaryIO, cast
+
+from tracedbg.commands import common
+from tracedbg.errors import UsageError
+from tracedbg.text import clean_path
+
+if TYPE_CHECKING:
+    from tracedbg.symbols import Symbols
+    from tracedbg.trace import Trace, TraceWriter
+
+NAME = "convert"
+HELP = "write a native trace (.tdbg) that holds events, layout and symbols"
+EPILOG = """\
+examples:
+  tracedbg convert --symbols xen-syms.map qemu.log crash.tdbg
+  tracedbg convert --monitor mon.txt qemu.log.gz crash.tdbg
+  tracedbg convert x.1 x.2 x.3 run.tdbg               one log a thread (-d int,tid -D x.%d)
+  tracedbg convert --symbols System.map old.tdbg new.tdbg
+"""
+
+CHUNK = 1 << 16  # events copied at a time
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("inputs", nargs="+", metavar="IN", help="inputs; several are the thread files of one run; - is stdin")
+    parser.add_argument("output", metavar="OUT", help="native trace to write; - is stdout")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT")
+    common.input_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the inputs, write the native trace."""
+    from tracedbg.trace import TraceWriter
+
+    common.check_output(args.output, args.force)
+    if args.output == "-" and sys.stdout.isatty():
+        raise UsageError("a native trace is binary: give a file, or send stdout elsewhere")
+    inputs = common.Inputs(args)
+    with inputs.open(args.inputs) as trace:
+        if args.output == "-":
+            with tempfile.TemporaryFile() as file:
+                writer = TraceWriter(cast(BinaryIO, file), cpus=trace.cpus, clock_hz=trace.clock_hz)
+                _copy(trace, writer, inputs.symbols)
+                writer.close()
+                file.seek(0)
+                shutil.copyfileobj(file, sys.stdout.buffer)
+                sys.stdout.buffer.flush()
+        else:
+            with TraceWriter(args.output, cpus=trace.cpus, clock_hz=trace.clock_hz, force=args.force) as writer:
+                _copy(trace, writer, inputs.symbols)
+        count, cpus = trace.count, trace.cpus
+    if sys.stderr.isatty():
+        common.message(f"{clean_path(args.output)}: {count:,} events of {cpus} CPU{'' if cpus == 1 else 's'}")
+    return common.CLEAN
+
+
+def _copy(trace: Trace, writer: TraceWriter, symbols: Symbols | None) -> None:
+    writer.layout = trace.layout
+    writer.meta = dict(trace.meta)
+    writer.meta.pop("stack_names", None)  # the writer takes them from the layout
+    writer.memory = list(trace.memory)
+    writer.symbols = trace.symbols if symbols is None else symbols.subset(code_addresses(trace)).to_bytes()
+    if len(trace.payload):
+        writer.payload(bytes(trace.payload))
+    progress = common.Progress("convert")
+    try:
+        step = CHUNK * 64
+        for at in range(0, len(trace.events), step):
+            writer.append(trace.events[at : at + step])
+            progress.at(at // 64, trace.count)
+    finally:
+        progress.done()
+
+
+def code_addresses(trace: Trace) -> set[int]:
+    """Every address of code that a report may name: interrupted, returned to, saved, and the handlers of used vectors."""
+    from tracedbg.state import Kind, Source
+
+    found: set[int] = set()
+    vectors: set[int] = set()
+    jumps = {int(Kind.RETURN), int(Kind.GATE)}
+    step = CHUNK * 64
+    for at in range(0, len(trace.events), step):
+        chunk = bytes(trace.events[at : at + step])
+        words = struct.unpack(f"<{len(chunk) // 8}Q", chunk)
+        kinds = chunk[60::64]
+        found.update(words[1::8])
+        if not jumps.isdisjoint(kinds):
+            chosen = [kind in jumps for kind in kinds]
+            found.update(itertools.compress(words[3::8], chosen))
+            found.update(itertools.compress(words[4::8], chosen))
+        delivered = [kind == Kind.DELIVER for kind in kinds]
+        vectors.update(itertools.compress(chunk[61::64], delivered))
+        for n in (n for n, source in enumerate(chunk[62::64]) if source == Source.SOFT_INT and delivered[n]):
+            found.add(words[8 * n + 1] + (words[8 * n + 5] >> 32))  # code: the length of the INT instruction
+    for idt in trace.layout.idts:
+        found.update(gate.offset for vector, gate in idt.gates.items() if vector in vectors)
+    return found

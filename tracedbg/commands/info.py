@@ -1,0 +1,188 @@
+"""`tracedbg info`: what a trace holds, where its layout is from, and what its source cannot know."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from tracedbg.commands import common
+from tracedbg.text import clean, clean_path
+
+if TYPE_CHECKING:
+    from tracedbg.describe import Words
+    from tracedbg.trace import Trace
+
+NAME = "info"
+HELP = "show what a trace holds and what it cannot know"
+EPILOG = """\
+examples:
+  tracedbg info crash.tdbg
+  tracedbg info --check big.tdbg         verify every checksum
+"""
+
+CHUNK = 1 << 16
+MAX_CPUS_SHOWN = 16
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("trace", metavar="TRACE", help="native trace or foreign log; - is standard input")
+    parser.add_argument("--check", action="store_true", help="verify the checksums of all events")
+    parser.add_argument("-v", "--verbose", action="store_true", help="replay it too: how frames were settled")
+    common.input_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the facts."""
+    from tracedbg.describe import Words
+
+    inputs = common.Inputs(args)
+    with inputs.open([args.trace]) as trace:
+        words = Words(trace, inputs.symbols)
+        for line in _lines(args.trace, trace, words):
+            sys.stdout.write(line + "\n")
+        if args.check:
+            progress = common.Progress("checksums")
+            try:
+                for done in trace.check():
+                    progress.at(done, trace.count)
+            finally:
+                progress.done()
+            said = "none yet, the file is not finished" if trace.unfinished else "all right"
+            sys.stdout.write(f"checksums: {said}\n")
+        if args.verbose:
+            for line in _settled(args.trace, trace, words):
+                sys.stdout.write(line + "\n")
+    return common.CLEAN
+
+
+def _lines(path: str, trace: Trace, words: Words) -> Iterator[str]:
+    major, minor = trace.version
+    unfinished = ", not finished by its writer" if trace.unfinished else ""
+    yield f"{clean_path(path)}: native trace, format {major}.{minor}{unfinished}"
+    if trace.ignored:
+        yield f"  {trace.ignored:,} bytes at the end are not whole events and are not used"
+    clock = f", clock {trace.clock_hz:,} Hz" if trace.clock_hz else ", no clock"
+    yield f"events: {trace.count:,}, {trace.cpus} CPU{'' if trace.cpus == 1 else 's'}{clock}"
+    yield from _counts(trace, words)
+    yield from _meta(trace)
+    yield from _layout(trace, words)
+    sizes = {"memory ranges": len(trace.memory), "payload bytes": len(trace.payload), "symbols": len(words.symbols)}
+    held = [f"{count:,} {name}" for name, count in sizes.items() if count]
+    if held:
+        yield f"also holds: {', '.join(held)}"
+
+
+def _counts(trace: Trace, words: Words) -> Iterator[str]:
+    from tracedbg.state import EventFlag, Kind, Source
+
+    kinds: Counter[int] = Counter()
+    cpus: Counter[int] = Counter()
+    vectors: Counter[tuple[int, int]] = Counter()
+    flags: Counter[int] = Counter()
+    examples: dict[tuple[int, int], int] = {}
+    for at in range(0, len(trace.events), CHUNK * 64):
+        chunk = bytes(trace.events[at : at + CHUNK * 64])
+        kind, arg, source = chunk[60::64], chunk[61::64], chunk[62::64]
+        kinds.update(kind)
+        flags.update(chunk[63::64])
+        cpus.update(low | high << 8 for low, high in zip(chunk[52::64], chunk[53::64], strict=True))
+        pairs = [(a, s) for k, a, s in zip(kind, arg, source, strict=True) if k == Kind.DELIVER]
+        vectors.update(pairs)
+        for pair in vectors.keys() - examples.keys():
+            place = next(n for n in range(len(kind)) if kind[n] == Kind.DELIVER and (arg[n], source[n]) == pair)
+            examples[pair] = at // 64 + place
+    names = {int(kind): kind.name.lower() for kind in Kind}
+    for number, count in sorted(kinds.items()):
+        yield f"  {names.get(number, f'unknown kind {number}'):<12} {count:>12,}"
+    if vectors:
+        yield "deliveries by vector and source:"
+    sources = {int(source): source.name.lower().replace("_", "-") for source in Source}
+    for (vector, number), count in sorted(vectors.items()):
+        event = words.event(examples[vector, number])
+        name = words.delivery_name(event) if event is not None else "?"
+        yield f"  {vector:#04x} {sources.get(number, '?'):<10} {count:>12,}  {name}"
+    failed = sum(count for bits, count in flags.items() if bits & EventFlag.FAILED)
+    legacy = sum(count for bits, count in flags.items() if bits & EventFlag.LEGACY)
+    partial = sum(count for bits, count in flags.items() if bits & EventFlag.PARTIAL)
+    for count, what in ((failed, "failed"), (legacy, "not in long mode"), (partial, "from damaged records")):
+        if count:
+            yield f"  {count:,} {what}"
+    if trace.cpus > 1:
+        shown = sorted(cpus.items())[:MAX_CPUS_SHOWN]
+        more = f", and {len(cpus) - len(shown)} more CPUs" if len(cpus) > len(shown) else ""
+        yield "by CPU: " + ", ".join(f"cpu {cpu}: {count:,}" for cpu, count in shown) + more
+
+
+def _meta(trace: Trace) -> Iterator[str]:
+    """META as `key: value` lines; the layout part has its own place."""
+    for key, value in sorted(trace.meta.items()):
+        if key in ("layout", "stack_names"):
+            continue
+        if isinstance(value, dict) and any(isinstance(item, str) for item in value.values()):
+            yield f"{clean(key, 40)}:"
+            yield from (f"  {clean(str(name), 40)}: {_plain(item)}" for name, item in sorted(value.items()))
+        else:
+            yield f"{clean(key, 40)}: {_plain(value)}"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{clean(str(k), 40)} {_plain(v)}" for k, v in sorted(value.items(), key=lambda item: str(item[0])))
+    if isinstance(value, list):
+        return "; ".join(_plain(item) for item in value[:20]) + (f"; and {len(value) - 20} more" if len(value) > 20 else "")
+    if isinstance(value, str):
+        return clean(value, 400)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return clean(json.dumps(value), 400)
+
+
+def _layout(trace: Trace, words: Words) -> Iterator[str]:
+    from tracedbg.describe import hex_address
+    from tracedbg.layout import REGION_READS, REGION_STACK, REGION_STORES, REGION_USER, SLOT_RSP0, Fidelity
+    from tracedbg.report import layout_notes
+    from tracedbg.x86 import is_canonical, vector_name
+
+    layout = trace.layout
+    notes = layout_notes(trace)
+    yield notes[0] if notes else "layout:"
+    yield from (f"  {note}" for note in notes[1:])
+    for cpu, tables in enumerate(layout.cpus[:MAX_CPUS_SHOWN]):
+        tss = None if tables.tss is None else layout.tss[tables.tss]
+        idt = None if tables.idt is None else layout.idts[tables.idt]
+        tr = "unknown" if tss is None else hex_address(tss.base)
+        yield f"  cpu {cpu}: TR {tr}, IDT {'unknown' if idt is None else hex_address(idt.base)}"
+        if tss is None:
+            continue
+        tops = [(words.stack_name(n), tss.ist[n]) for n in range(1, 8)] + [(words.stack_name(SLOT_RSP0), tss.rsp[0])]
+        for name, top in tops:
+            if top:
+                unused = "" if is_canonical(top) else "  (not canonical: unused)"
+                yield f"    {name:<12} {hex_address(top)}{unused}"
+    if len(layout.cpus) > MAX_CPUS_SHOWN:
+        yield f"  and {len(layout.cpus) - MAX_CPUS_SHOWN} more CPUs"
+    used = sorted({(gate.ist, vector) for idt in layout.idts for vector, gate in idt.gates.items() if gate.ist})
+    if used:
+        yield "  gates with an IST stack: " + ", ".join(f"{vector_name(vector)} on IST{ist}" for ist, vector in used[:40])
+    kinds = {REGION_USER: "user memory", REGION_STORES: "stores recorded in", REGION_READS: "loads recorded in"}
+    for region in layout.regions:
+        if region.kind != REGION_STACK:
+            yield f"  {kinds[region.kind]} [{hex_address(region.lo)}, {hex_address(region.hi)})"
+    yield "  returns: " + ("every one is recorded" if layout.fidelity & Fidelity.RETURNS else "not all are recorded")
+    if layout.fidelity & Fidelity.SS_ZEROED:
+        yield "  the source zeroes SS on an IST switch (QEMU TCG); hardware does not"
+
+
+def _settled(path: str, trace: Trace, words: Words) -> Iterator[str]:
+    from tracedbg.replay import Replay
+    from tracedbg.report import Result
+    from tracedbg.report.text import stats_lines
+
+    with Replay(trace) as replay:
+        common.scan(replay, path)
+        yield from stats_lines(Result(path, trace, words, replay.findings(), replay.stats()))

@@ -1,0 +1,127 @@
+"""QEMU `-d int` logs, with the monitor text that lies beside them, into a native trace."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tracedbg.errors import FormatError
+from tracedbg.formats import qemu_layout, qemu_monitor
+from tracedbg.formats.qemu_events import Events
+from tracedbg.formats.qemu_monitor import Snapshot
+from tracedbg.formats.qemu_text import LogText, is_log
+from tracedbg.formats.source import Input
+from tracedbg.layout import Layout
+from tracedbg.trace import TraceWriter
+
+if TYPE_CHECKING:
+    from tracedbg.formats import ReaderOptions
+
+FORMAT = "qemu-int"
+CLOCK_HZ = 1_000_000  # of the trace backend's timestamps
+
+_FIDELITY = {
+    "returns": "IRETs are not logged",
+    "stores": "stores of software are not logged",
+    "time": "the log has no time",
+    "source": "LAPIC and 8259 interrupts cannot be told apart (external)",
+    "ss": "QEMU zeroes SS on every IST switch",
+    "rf": "QEMU 7.2 pushes RFLAGS with RF clear",
+    "failed": "a v= line is an attempt; a failed one is known by the event after it",
+}
+
+
+def sniff(head: bytes) -> bool:
+    """Whether a text begins like a QEMU log."""
+    return is_log(head)
+
+
+def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -> None:
+    """Read the log (several inputs: one file a vCPU thread) into the writer, with layout and META."""
+    snapshots, skipped = _snapshots(inputs[0], options)
+    events = Events(inputs[0].path, writer, snapshots, options.layout or Layout())
+    texts = [LogText() for _ in inputs]
+    streams = [text.items(source.chunks()) for text, source in zip(texts, inputs, strict=True)]
+    if len(inputs) == 1:
+        events.run(streams[0])
+    else:
+        events.run_threads(streams)
+    for text, source in zip(texts, inputs, strict=True):
+        if not text.seen:
+            raise FormatError(source.path, "not a QEMU -d int log", 0)
+        events.counts.update(text.counts)
+    events.close()
+    layout, told = qemu_layout.resolve(events, snapshots, options)
+    if skipped:
+        told["skipped"] = skipped
+    timed = any(text.timed for text in texts)
+    writer.cpus = max(len(events.cpus), *(n + 1 for n in events.cpus), len(layout.cpus), 1)
+    writer.clock_hz = CLOCK_HZ if timed else 0
+    writer.layout = layout
+    writer.symbols = options.symbols or writer.symbols
+    writer.meta = {
+        **writer.meta,
+        "source": _source(inputs, texts),
+        "counts": _counts(events),
+        "fidelity": _fidelity(events, options, timed, any(text.bare for text in texts)),
+        "layout": told,
+    }
+
+
+def _snapshots(source: Input, options: ReaderOptions) -> tuple[list[Snapshot], list[str]]:
+    """The monitor texts given, or those beside the log; and the names of files that only look like such."""
+    if options.monitor:
+        return [qemu_monitor.read(path) for path in options.monitor], []
+    if not source.is_file or not options.discover:
+        return [], []
+    folder = os.path.dirname(source.path)
+    try:
+        names = sorted(n for n in os.listdir(folder or ".") if n.startswith("mon_") and n.endswith(".txt"))
+    except OSError:
+        return [], []  # a folder that may not be listed: as if nothing lay there
+    found, skipped = [], []
+    for name in names:
+        try:
+            found.append(qemu_monitor.read(os.path.join(folder, name)))
+        except FormatError:
+            skipped.append(name)
+    return found, skipped
+
+
+def _source(inputs: Sequence[Input], texts: Sequence[LogText]) -> dict[str, Any]:
+    files: list[dict[str, Any]] = [
+        {"name": source.name, "sha256": source.sha256, "bytes": source.bytes, "lines": text.lines}
+        for source, text in zip(inputs, texts, strict=True)
+    ]
+    result: dict[str, Any] = {"format": FORMAT, **files[0]}
+    if len(files) > 1:
+        result["files"] = files
+        result["bytes"] = sum(source.bytes for source in inputs)
+        result["lines"] = sum(text.lines for text in texts)
+    return result
+
+
+def _counts(events: Events) -> dict[str, int]:
+    counts = {name: n for name, n in sorted(events.counts.items()) if n}
+    unlogged = counts.pop("serviced", 0) - counts.pop("serviced_delivered", 0)
+    if unlogged > 0:
+        counts["serviced_unlogged"] = unlogged  # real mode: no `v=` line
+    for name in ("torn_repaired", "torn_lost", "damaged"):
+        counts.setdefault(name, 0)
+    return counts
+
+
+def _fidelity(events: Events, options: ReaderOptions, timed: bool, bare: bool) -> dict[str, str]:
+    told = dict(_FIDELITY)
+    if events.counts["returns"]:
+        where = "the given ranges" if options.stores else "ranges that the log does not name"
+        told["returns"] = "every IRET is recorded by the plugin"
+        told["stores"] = f"stores are recorded in {where}"
+    if timed:
+        told["time"] = "that of the last trace line before the event"
+    if bare:
+        told["mode"] = "no register dumps: long mode is assumed; RFLAGS, TR and IDT are unknown"
+    if len(events.cpus) > 1:
+        told["cpu"] = "told apart by TR base; numbers as in the monitor text, else by first appearance"
+    return told

@@ -1,0 +1,177 @@
+"""Bytes of an input file: from a file or a pipe, plain or compressed, in bounded pieces."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import sys
+import zlib
+from collections.abc import Iterator
+from types import TracebackType
+from typing import BinaryIO, cast
+
+import zstandard
+
+from tracedbg.errors import FormatError
+from tracedbg.trace import os_error
+
+CHUNK = 4 << 20
+HEAD = 1 << 20  # bytes looked at to recognise a format
+STDIN = "-"
+
+_GZIP = b"\x1f\x8b"
+_ZSTD = b"\x28\xb5\x2f\xfd"
+# A log compresses 10 to 100 times, a run of equal bytes 1,000 times (gzip) and more: beyond this it is a bomb.
+_MAX_RATIO = 800
+_FREE = 256 << 20  # bytes of output that no ratio is asked of
+
+
+class Input:
+    """An input opened for one pass. `head` is its decompressed beginning; `chunks()` gives all of it, once."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.name = "stdin" if path == STDIN else os.path.basename(path)
+        self.is_file = False
+        self.raw_bytes = 0
+        self.bytes = 0
+        self._digest = hashlib.sha256()
+        self._owned = path != STDIN
+        try:
+            self._file: BinaryIO = open(path, "rb") if self._owned else sys.stdin.buffer  # noqa: SIM115 (closed by close())
+        except OSError as error:
+            raise os_error(path, error) from None
+        except ValueError:
+            raise FormatError(path, "not a file name") from None
+        try:
+            self.is_file = self._owned and stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
+            self._stream = self._pieces()
+            self._first: list[bytes] = []
+            size = 0
+            for piece in self._stream:
+                self._first.append(piece)
+                size += len(piece)
+                if size >= HEAD:
+                    break
+        except BaseException:
+            self.close()
+            raise
+        self.head = b"".join(self._first)[:HEAD]
+        if not self.head:
+            self.close()
+            raise FormatError(path, "empty file", 0)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The decompressed bytes. Raises FormatError for damage and read errors."""
+        first, self._first = self._first, []
+        yield from first
+        yield from self._stream
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the bytes as they lie in the file, as far as read."""
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Close the file; standard input stays open."""
+        if self._owned:
+            self._file.close()
+
+    def __enter__(self) -> Input:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _raw(self) -> Iterator[bytes]:
+        # A pipe may have less than asked for at hand: read1 passes on what is there.
+        read = self._file.read if self.is_file else getattr(self._file, "read1", self._file.read)
+        while True:
+            try:
+                data: bytes = read(CHUNK)
+            except OSError as error:
+                raise os_error(self.path, error) from None
+            if not data:
+                return
+            self._digest.update(data)
+            self.raw_bytes += len(data)
+            yield data
+
+    def _pieces(self) -> Iterator[bytes]:
+        raw = self._raw()
+        start = b""
+        for data in raw:
+            start += data
+            if len(start) >= 4:
+                break
+        if start[:2] == _GZIP:
+            source = self._gunzip(start, raw)
+        elif start[:4] == _ZSTD:
+            source = self._unzstd(start, raw)
+        else:
+            source = _prepend(start, raw)
+        for piece in source:
+            if piece:
+                self.bytes += len(piece)
+                yield piece
+
+    def _gunzip(self, start: bytes, raw: Iterator[bytes]) -> Iterator[bytes]:
+        stream = zlib.decompressobj(wbits=31)
+        for data in _prepend(start, raw):
+            while data:
+                if stream.eof:  # members follow each other; zero padding behind the last is allowed
+                    if not data.strip(b"\0"):
+                        break
+                    stream = zlib.decompressobj(wbits=31)
+                try:
+                    piece = stream.decompress(data, CHUNK)
+                except zlib.error:
+                    raise FormatError(self.path, "damaged gzip data", self.raw_bytes - len(data)) from None
+                data = stream.unused_data if stream.eof else stream.unconsumed_tail
+                self._check_ratio(piece)
+                yield piece
+        while not stream.eof:
+            piece = stream.decompress(b"", CHUNK)
+            if not piece:
+                raise FormatError(self.path, "gzip data is cut short", self.raw_bytes)
+            yield piece
+
+    def _unzstd(self, start: bytes, raw: Iterator[bytes]) -> Iterator[bytes]:
+        feed = _Feed(_prepend(start, raw))
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(cast(BinaryIO, feed), read_across_frames=True)
+        while True:
+            try:
+                piece = reader.read(CHUNK)
+            except zstandard.ZstdError:
+                raise FormatError(self.path, "damaged zstd data", self.raw_bytes) from None
+            if not piece:
+                return
+            self._check_ratio(piece)
+            yield piece
+
+    def _check_ratio(self, piece: bytes) -> None:
+        total = self.bytes + len(piece)
+        if total > _FREE and total > self.raw_bytes * _MAX_RATIO:
+            raise FormatError(self.path, f"expands more than {_MAX_RATIO} times: not a log", self.raw_bytes)
+
+
+class _Feed:
+    """What zstandard reads from: an iterator of bytes as a file."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._rest = b""
+
+    def read(self, size: int = -1) -> bytes:
+        if not self._rest:
+            self._rest = next(self._pieces, b"")
+        if size < 0:
+            size = len(self._rest)
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
+
+
+def _prepend(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from rest

@@ -224,7 +224,8 @@ void finding_consumed(struct machine *m, uint32_t number, uint32_t event, const 
 void finding_count_again(struct machine *m, uint32_t number);
 
 static inline bool ctx_knows(const struct tdb_context *c, uint32_t bits) { return (c->known & bits) == bits; }
-static inline bool is_canonical(uint64_t a) { return (a + (1ull << 47)) >> 48 == 0; }
+/* SDM Vol. 1 3.3.7.1, with the 57 bits of 5-level paging: a trace need not tell which paging is on. */
+static inline bool is_canonical(uint64_t a) { return (a + (1ull << 56)) >> 57 == 0; }
 
 static inline void nmi_unblock(struct cpu *c, uint32_t event, uint32_t frame)
 {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -14,10 +15,13 @@ from tracedbg.trace import MemoryRange, TraceWriter, build
 
 # The bare-metal guest of the recorded runs: tops of its IST stacks, gates 1 -> IST4, 2 -> IST2, 8 -> IST1, 18 -> IST3.
 IST = (None, 0x110000, 0x10E000, 0x10C000, 0x10A000, None, None, None)
-GATES = {0: Gate(0x100170), 1: Gate(0x100180, 8, 4), 2: Gate(0x100190, 8, 2), 3: Gate(0x1001A0, 8, 0, dpl=3), 8: Gate(0x1001F0, 8, 1),
-         13: Gate(0x100240), 14: Gate(0x100250), 18: Gate(0x100290, 8, 3), 32: Gate(0x100370, 8, 0, 0xF)}  # fmt: skip
+GATES = {
+    0: Gate(0x100170), 1: Gate(0x100180, 8, 4), 2: Gate(0x100190, 8, 2), 3: Gate(0x1001A0, 8, 0, dpl=3),
+    8: Gate(0x1001F0, 8, 1), 13: Gate(0x100240), 14: Gate(0x100250), 18: Gate(0x100290, 8, 3), 32: Gate(0x100370, 8, 0, 0xF),
+}  # fmt: skip
 WORK = 0x126FD0  # the handlers' work stack
 OUTER = {"rip": 0x100BAB, "rsp": 0x11CFA8, "cs": 8, "ss": 0x10, "rflags": 0x97}
+USER = {"rip": 0x401000, "rsp": 0x7FF0, "cs": 0x33, "ss": 0x2B, "rflags": 0x246}
 NESTED = {"rip": 0x100BAB, "rsp": WORK, "cs": 8, "ss": 0, "rflags": 0x97}
 
 
@@ -65,7 +69,8 @@ def test_an_nmi_stores_five_words_from_its_ist_top_down() -> None:
 def test_the_frame_is_aligned_and_the_pushed_rsp_is_not(offset: int) -> None:
     def fill(w: TraceWriter) -> None:
         w.layout = layout()
-        w.event(Kind.DELIVER, cpu=0, arg=13, source=Source.EXCEPTION, rip=0x1000, rsp=0x127000 - offset, cs=8, ss=0x10, rflags=2, code=0x18)
+        at = {"rip": 0x1000, "rsp": 0x127000 - offset, "cs": 8, "ss": 0x10, "rflags": 2}
+        w.event(Kind.DELIVER, cpu=0, arg=13, source=Source.EXCEPTION, code=0x18, **at)
 
     with replayed(fill) as replay:
         top = 0x127000 if offset == 0 else 0x126FF0  # RSP & ~15
@@ -90,7 +95,7 @@ def test_int_n_saves_the_next_instruction_and_no_error_code() -> None:
 def test_from_cpl3_the_stack_is_rsp0_and_ss_becomes_null() -> None:
     def fill(w: TraceWriter) -> None:
         w.layout = layout()
-        w.event(Kind.DELIVER, cpu=0, arg=14, source=Source.EXCEPTION, rip=0x401000, rsp=0x7FF0, cs=0x33, ss=0x2B, rflags=0x246, code=7)
+        w.event(Kind.DELIVER, cpu=0, arg=14, source=Source.EXCEPTION, **USER, code=7)
 
     with replayed(fill) as replay:
         (frame,) = replay.frames()
@@ -213,7 +218,7 @@ def test_a_clobbered_frame_whose_context_runs_again_had_been_moved() -> None:
         w.layout = layout()
         nmi(w, **OUTER)
         nmi(w, rip=0x2000, rsp=0x10DF00, cs=8, ss=0x10, rflags=2)
-        w.event(Kind.DELIVER, cpu=0, arg=14, source=Source.EXCEPTION, rip=0x100BAB, rsp=0x11CFA8, cs=8, ss=0x10, rflags=0x97, code=0)
+        w.event(Kind.DELIVER, cpu=0, arg=14, source=Source.EXCEPTION, code=0, **OUTER)
 
     with replayed(fill) as replay:
         (finding,) = replay.findings()
@@ -229,7 +234,7 @@ def test_after_user_mode_nothing_on_the_cpus_stacks_is_live() -> None:
     def fill(w: TraceWriter) -> None:
         w.layout = layout()
         nmi(w, **OUTER)
-        w.event(Kind.DELIVER, cpu=0, arg=14, source=Source.EXCEPTION, rip=0x401000, rsp=0x7FF0, cs=0x33, ss=0x2B, rflags=0x246, code=4)
+        w.event(Kind.DELIVER, cpu=0, arg=14, source=Source.EXCEPTION, **USER, code=4)
         nmi(w, rip=0x5000, rsp=0x107E00, cs=8, ss=0, rflags=0x46)
 
     with replayed(fill) as replay:
@@ -254,12 +259,13 @@ def test_the_syscall_gap_without_ist_is_on_the_users_stack() -> None:
     gates = {**GATES, 2: Gate(0x100190, 8, 0)}
 
     def fill(w: TraceWriter) -> None:
-        w.layout = Layout(layout().tss, (Idt(0x106000, gates),), (CpuTables(0, 0),), (Region(0x111000, 0x113000, 1),)).with_stacks()
+        w.layout = replace(layout(user=True), idts=(Idt(0x106000, gates),))
         nmi(w, rip=0x100486, rsp=0x112000, cs=8, ss=0x10, rflags=6)
 
     with replayed(fill) as replay:
         (finding,) = replay.findings()
-        assert (finding.rule, finding.evidence, finding.lo, finding.hi) == (Rule.USER_STACK, Evidence.COMPUTED, 0x111FD8, 0x112000)
+        assert (finding.rule, finding.evidence) == (Rule.USER_STACK, Evidence.COMPUTED)
+        assert (finding.lo, finding.hi) == (0x111FD8, 0x112000)
 
 
 def test_the_syscall_gap_with_ist_is_clean() -> None:
@@ -426,7 +432,8 @@ def test_open_frames_are_bounded() -> None:
     def fill(w: TraceWriter) -> None:
         w.layout = layout()
         for n in range(2000):
-            w.event(Kind.DELIVER, cpu=0, arg=0, source=Source.EXCEPTION, rip=n, rsp=0x1000000 + (n % 700) * 0x4000, cs=8, ss=0, rflags=2)
+            at = {"rip": n, "rsp": 0x1000000 + (n % 700) * 0x4000, "cs": 8, "ss": 0, "rflags": 2}
+            w.event(Kind.DELIVER, cpu=0, arg=0, source=Source.EXCEPTION, **at)
 
     with replayed(fill, max_frames=100) as replay:
         assert replay.stats().frames <= 100

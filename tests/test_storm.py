@@ -9,14 +9,24 @@ import random
 from dataclasses import dataclass, replace
 
 import pytest
-
 from bench.synth import FULL, RET, pack, storm_layout
+
 from tracedbg.layout import Fidelity
 from tracedbg.replay import Replay
 from tracedbg.state import Kind, Source
 from tracedbg.trace import TraceWriter, build
 
 IF = 0x200
+
+
+TOPS = {"db": 0x8000, "nmi": 0xC000, "mc": 0x10000}
+VECTOR = {
+    "db": (1, Source.EXCEPTION),
+    "nmi": (2, Source.NMI),
+    "mc": (18, Source.MC),
+    "pf": (14, Source.EXCEPTION),
+    "irq": (0xEC, Source.FIXED),
+}
 
 
 @dataclass
@@ -33,8 +43,6 @@ class Context:
 class Cpu:
     """A CPU whose kernel nests properly. Frames are placed by hand: tops of the layout, 40 or 48 bytes below, 16-aligned."""
 
-    TOPS = {"db": 0x8000, "nmi": 0xC000, "mc": 0x10000}
-    VECTOR = {"db": (1, Source.EXCEPTION), "nmi": (2, Source.NMI), "mc": (18, Source.MC), "pf": (14, Source.EXCEPTION), "irq": (0xEC, Source.FIXED)}
 
     def __init__(self, number: int, pick: random.Random) -> None:
         self.number, self.pick = number, pick
@@ -44,7 +52,7 @@ class Cpu:
 
     def step(self) -> bytes:
         user = self.now.cs & 3
-        choices = [kind for kind in self.VECTOR if kind not in self.now.masked and (kind != "irq" or self.now.rflags & IF)]
+        choices = [kind for kind in VECTOR if kind not in self.now.masked and (kind != "irq" or self.now.rflags & IF)]
         if self.stack and (self.pick.random() < 0.55 or len(self.stack) > 12):
             return self.leave()
         if self.pick.random() < 0.2:  # the code runs on: another RIP and another depth of its own stack
@@ -53,16 +61,17 @@ class Cpu:
         return self.enter(self.pick.choice(choices))
 
     def enter(self, kind: str) -> bytes:
-        vector, source = self.VECTOR[kind]
+        vector, source = VECTOR[kind]
         now = self.now
-        top = self.base + self.TOPS[kind] if kind in self.TOPS else self.base + 0x3000 if now.cs & 3 else now.rsp & ~15
+        top = self.base + TOPS[kind] if kind in TOPS else self.base + 0x3000 if now.cs & 3 else now.rsp & ~15
         size = 48 if kind == "pf" else 40
-        out = pack(Kind.DELIVER, FULL, cpu=self.number, rip=now.rip, rsp=now.rsp, cs=now.cs, ss=now.ss, rflags=now.rflags, arg=vector, source=source)
+        out = pack(Kind.DELIVER, FULL, cpu=self.number, rip=now.rip, rsp=now.rsp, cs=now.cs, ss=now.ss, rflags=now.rflags,
+                   arg=vector, source=source)  # fmt: skip
         saved = replace(now, rflags=now.rflags | (0x10000 if kind == "pf" else 0))
         self.stack.append(replace(saved, frame=top - 40))
-        masked = now.masked | {kind} if kind in self.TOPS else now.masked
+        masked = now.masked | {kind} if kind in TOPS else now.masked
         if now.cs & 3:
-            masked = frozenset({kind} if kind in self.TOPS else ())
+            masked = frozenset({kind} if kind in TOPS else ())
         lo = top - size
         self.now = Context(0xFFFFFFFF81000000 + vector * 16, lo - 0x60, 0x10, 0 if now.cs & 3 else now.ss, 2, masked)
         return out
@@ -118,7 +127,8 @@ def test_deliveries_alone_of_a_clean_storm_raise_nothing() -> None:
     for _ in range(20_000):
         cpu = Cpu(pick.randrange(3), pick)
         if pick.random() < 0.5:
-            cpu.now = Context(0xFFFFFFFF82000000 + 16 * pick.randrange(99), 0xFFFFC90000003F00 - 8 * pick.randrange(300), 0x10, 0x18, 0x202, frozenset())
+            rip, rsp = 0xFFFFFFFF82000000 + 16 * pick.randrange(99), 0xFFFFC90000003F00 - 8 * pick.randrange(300)
+            cpu.now = Context(rip, rsp, 0x10, 0x18, 0x202, frozenset())
         for kind in pick.sample(["irq", "pf", "db", "nmi", "mc"], pick.randrange(1, 6)):
             if kind != "irq" or cpu.now.rflags & IF:
                 records += cpu.enter(kind)

@@ -66,7 +66,8 @@ def test_stack_regions_follow_the_tops() -> None:
     # Tops 108000 (RSP0), 10a000, 10c000, 10e000, 110000: each 8 KiB, cut at the next lower top.
     stacks = {(r.slot, r.lo, r.hi) for r in LAYOUT.regions if r.kind == 0}
     assert stacks == {
-        (8, 0x106000, 0x108000), (4, 0x108000, 0x10A000), (3, 0x10A000, 0x10C000), (2, 0x10C000, 0x10E000), (1, 0x10E000, 0x110000),
+        (8, 0x106000, 0x108000), (4, 0x108000, 0x10A000), (3, 0x10A000, 0x10C000), (2, 0x10C000, 0x10E000),
+        (1, 0x10E000, 0x110000),
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -239,12 +240,9 @@ class Replay:
         """Counters of the forward pass."""
         s = ffi.new("struct tdb_stats *")
         self._check(lib.tdb_get_stats(self._handle, s))
-        return Stats(
-            **{
-                name: tuple(getattr(s, name)) if name in ("settled", "ist_deliveries") else getattr(s, name)
-                for name in Stats.__slots__
-            }
-        )
+        values: dict[str, Any] = {f.name: getattr(s, f.name) for f in fields(Stats)}
+        values["settled"], values["ist_deliveries"] = tuple(s.settled), tuple(s.ist_deliveries)
+        return Stats(**values)
 
     def _all(self, kind: str, call: Callable[[Any, Any, int], int], value: Callable[[Any], T]) -> tuple[T, ...]:
         """Ask for the total, then for all. Items are converted while `out`, which owns their memory, is alive."""

@@ -163,7 +163,8 @@ class Trace:
         raw = bytes(self._view[:width])
         head = wire.parse(wire.HEADER, raw, self.path, 0)
         if head.major > wire.VERSION_MAJOR:
-            raise self._fail(f"format version {head.major}.{head.minor} is newer than this program reads ({wire.VERSION_MAJOR}.x)", 8)
+            version = f"{head.major}.{head.minor}"
+            raise self._fail(f"format version {version} is newer than this program reads ({wire.VERSION_MAJOR}.x)", 8)
         if zlib.crc32(raw[:-4] + bytes(4)) != head.header_crc:
             raise self._fail("checksum of the header is wrong", 0)
         if not 1 <= head.cpus <= wire.MAX_CPUS:
@@ -282,7 +283,13 @@ class TraceWriter:
     BLOCK = 4096  # events buffered before a write
 
     def __init__(
-        self, path: str | os.PathLike[str] | BinaryIO, *, cpus: int = 1, clock_hz: int = 0, atomic: bool = True, force: bool = False
+        self,
+        path: str | os.PathLike[str] | BinaryIO,
+        *,
+        cpus: int = 1,
+        clock_hz: int = 0,
+        atomic: bool = True,
+        force: bool = False,
     ) -> None:
         self.cpus = cpus
         self.clock_hz = clock_hz
@@ -479,7 +486,7 @@ class TraceWriter:
             "table_crc": zlib.crc32(table),
             "header_crc": 0,
         }
-        raw = wire.HEADER.build(fields)
+        raw: bytes = wire.HEADER.build(fields)
         return raw[:-4] + zlib.crc32(raw).to_bytes(4, "little")
 
     def _seal(self) -> None:
@@ -501,7 +508,7 @@ class TraceWriter:
     def _memory_bytes(self) -> bytes:
         if not self.memory:
             return b""
-        head = wire.MEMORY_HEAD.build({"count": len(self.memory), "reserved": 0})
+        head: bytes = wire.MEMORY_HEAD.build({"count": len(self.memory), "reserved": 0})
         ranges = b"".join(wire.MEMORY_RANGE.build({"addr": m.addr, "length": len(m.data)}) for m in self.memory)
         return head + ranges + b"".join(m.data for m in self.memory)
 

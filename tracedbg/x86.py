@@ -63,5 +63,5 @@ def cpl(cs: int) -> int:
 
 
 def is_canonical(addr: int) -> bool:
-    """Whether a 48-bit linear address is canonical: SDM Vol. 1 3.3.7.1."""
-    return addr < 1 << 47 or addr >= (1 << 64) - (1 << 47)
+    """Whether an address can be canonical: SDM Vol. 1 3.3.7.1, with 57 bits, as a trace need not tell the paging mode."""
+    return addr < 1 << 56 or addr >= (1 << 64) - (1 << 56)

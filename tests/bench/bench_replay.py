@@ -39,15 +39,16 @@ def main() -> None:
             scan, read = statistics.median(scans), statistics.median(reads)
             print(f"{count} events, {count * 64 / 1e6:.0f} MB")
             print(f"replay  {count / scan / 1e6:6.1f} M events/s   {count * 64 / scan / 1e6:7.0f} MB/s")
-            print(f"read    {count / read / 1e6:6.1f} M events/s   {count * 64 / read / 1e6:7.0f} MB/s   (adler32 over the same bytes)")
-            print(f"ratio   {scan / read:6.2f} times the plain read;   open {statistics.median(opens) * 1e3:.2f} ms")
+            print(f"read    {count / read / 1e6:6.1f} M events/s   {count * 64 / read / 1e6:7.0f} MB/s   (adler32)")
+            print(f"ratio   {scan / read:6.2f} times the plain read; open {statistics.median(opens) * 1e3:.2f} ms")
             with Replay(trace) as replay:
                 replay.scan_all()
                 stats = replay.stats()
-                print(f"findings {stats.findings}, snapshots {stats.snapshots} every {stats.interval} events, pages {stats.pages}")
+                said = f"{stats.snapshots} snapshots every {stats.interval} events, {stats.pages} pages"
+                print(f"findings {stats.findings}, {said}")
                 pick = random.Random(1)
                 seeks = [timed(lambda: replay.seek(pick.randrange(count))) for _ in range(200)]
-                print(f"seek    median {statistics.median(seeks) * 1e3:.2f} ms, worst {max(seeks) * 1e3:.2f} ms of 200 random ones")
+                print(f"seek    median {statistics.median(seeks) * 1e3:.2f} ms, worst {max(seeks) * 1e3:.2f} ms of 200")
 
 
 if __name__ == "__main__":

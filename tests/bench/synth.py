@@ -46,20 +46,22 @@ def storm(cpus: int) -> bytes:
         ]
         rsp, rip, stack = thread, 0xFFFFFFFF82000000, []
         for vector, source, top in nest:
-            out.append(pack(Kind.DELIVER, FULL, cpu=cpu, rip=rip, rsp=rsp, cs=0x10, ss=0x18, rflags=0x202 if vector == 0xEC else 0x2,
-                            arg=vector, source=source))  # fmt: skip
+            flags = 0x202 if vector == 0xEC else 0x2
+            kernel = {"cpu": cpu, "cs": 0x10, "ss": 0x18}
+            out.append(pack(Kind.DELIVER, FULL, rip=rip, rsp=rsp, rflags=flags, arg=vector, source=source, **kernel))
             size = 48 if vector == 14 else 40
             lo = ((top or rsp) & ~15) - size
             rf = 0x10000 if vector == 14 else 0
-            stack.append((lo + size - 40, rip, rsp, (0x202 if vector == 0xEC else 0x2) | rf))
+            stack.append((lo + size - 40, rip, rsp, flags | rf))
             for n in range(3):
                 out.append(pack(Kind.WRITE, STORE, cpu=cpu, addr=lo - 8 - 8 * n, value=vector << 32 | n, arg=8))
             rsp, rip = lo - 0x60, 0xFFFFFFFF82000000 + vector * 0x100
         for frame, back, sp, flags in reversed(stack):
-            out.append(pack(Kind.RETURN, RET, cpu=cpu, rip=0xFFFFFFFF82FF0000, rsp=frame, addr=back, value=sp, rflags=flags, cs=0x10, ss=0x18))  # fmt: skip
+            out.append(pack(Kind.RETURN, RET, rip=0xFFFFFFFF82FF0000, rsp=frame, addr=back, value=sp, rflags=flags, **kernel))
         out.append(pack(Kind.SYSRET, Known.CPU, cpu=cpu))
-        out.append(pack(Kind.DELIVER, FULL, cpu=cpu, rip=0x401000, rsp=user, cs=0x33, ss=0x2B, rflags=0x202, arg=0xEC, source=Source.FIXED))
-        out.append(pack(Kind.RETURN, RET, cpu=cpu, rsp=base + 0x3000 - 40, addr=0x401000, value=user, rflags=0x202, cs=0x33, ss=0x2B))
+        process = {"cpu": cpu, "cs": 0x33, "ss": 0x2B, "rflags": 0x202}
+        out.append(pack(Kind.DELIVER, FULL, rip=0x401000, rsp=user, arg=0xEC, source=Source.FIXED, **process))
+        out.append(pack(Kind.RETURN, RET, rsp=base + 0x3000 - 40, addr=0x401000, value=user, **process))
     return b"".join(out)
 
 

@@ -45,6 +45,18 @@ def input_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def threads_argument(parser: argparse.ArgumentParser) -> None:
+    """--threads, for verbs that otherwise take each file as a trace of its own."""
+    parser.add_argument(
+        "--threads", action="store_true", help="the files are one recording, one file a thread (QEMU's -d int,tid)"
+    )
+
+
+def recordings(args: argparse.Namespace) -> list[list[str]]:
+    """The files of each recording."""
+    return [args.traces] if args.threads else [[path] for path in args.traces]
+
+
 def address_range(text: str) -> tuple[int, int]:
     """`LO-HI` of hex numbers."""
     low, dash, high = text.partition("-")

@@ -30,7 +30,8 @@ MAX_CPUS_SHOWN = 16
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("trace", metavar="TRACE", help="native trace or foreign log; - is standard input")
+    parser.add_argument("traces", nargs="+", metavar="TRACE", help="native trace or foreign log; - is standard input")
+    common.threads_argument(parser)
     parser.add_argument("--check", action="store_true", help="verify the checksums of all events")
     parser.add_argument("-v", "--verbose", action="store_true", help="replay it too: how frames were settled")
     common.input_arguments(parser)
@@ -38,12 +39,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the facts."""
+    inputs = common.Inputs(args)
+    for number, paths in enumerate(common.recordings(args)):
+        if number:
+            sys.stdout.write("\n")
+        _show(paths, inputs, args)
+    return common.CLEAN
+
+
+def _show(paths: list[str], inputs: common.Inputs, args: argparse.Namespace) -> None:
     from tracedbg.describe import Words
 
-    inputs = common.Inputs(args)
-    with inputs.open([args.trace]) as trace:
+    with inputs.open(paths) as trace:
         words = Words(trace, inputs.symbols)
-        for line in _lines(args.trace, trace, words):
+        for line in _lines(paths[0], trace, words):
             sys.stdout.write(line + "\n")
         if args.check:
             progress = common.Progress("checksums")
@@ -55,15 +64,16 @@ def run(args: argparse.Namespace) -> int:
             said = "none yet, the file is not finished" if trace.unfinished else "all right"
             sys.stdout.write(f"checksums: {said}\n")
         if args.verbose:
-            for line in _settled(args.trace, trace, words):
+            for line in _settled(paths[0], trace, words):
                 sys.stdout.write(line + "\n")
-    return common.CLEAN
 
 
 def _lines(path: str, trace: Trace, words: Words) -> Iterator[str]:
     major, minor = trace.version
     unfinished = ", not finished by its writer" if trace.unfinished else ""
-    yield f"{clean_path(path)}: native trace, format {major}.{minor}{unfinished}"
+    form = trace.meta["source"].get("format") if isinstance(trace.meta.get("source"), dict) else None
+    foreign = f"{clean(form)} log" if isinstance(form, str) and not common.is_native(path, None) else None
+    yield f"{clean_path(path)}: {foreign or f'native trace, format {major}.{minor}'}{unfinished}"
     if trace.ignored:
         yield f"  {trace.ignored:,} bytes at the end are not whole events and are not used"
     clock = f", clock {trace.clock_hz:,} Hz" if trace.clock_hz else ", no clock"

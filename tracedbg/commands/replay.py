@@ -41,6 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--exit-zero", action="store_true", help="exit 0 whatever is found")
     parser.add_argument("--max-findings", metavar="N", type=_count, help="report at most N findings a trace")
+    common.threads_argument(parser)
     parser.add_argument("-o", dest="output", metavar="FILE", help="write the report to FILE")
     parser.add_argument("--force", action="store_true", help="overwrite FILE")
     common.input_arguments(parser)
@@ -62,11 +63,12 @@ def run(args: argparse.Namespace) -> int:
     reports: list[dict[str, Any]] = []
     codes: list[int] = []
     with common.text_output(args.output, args.force) as out:
-        for number, path in enumerate(args.traces):
+        recordings = common.recordings(args)
+        for number, paths in enumerate(recordings):
             try:
-                code = _one(path, number, inputs, args, out, reports)
+                code = _one(paths, number, inputs, args, out, reports)
             except TracedbgError as error:
-                if len(args.traces) == 1:
+                if len(recordings) == 1:
                     raise
                 # The other traces still have their verdict.
                 common.message(str(error))
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
                 if args.format == "json":
                     from tracedbg.report import json_report
 
-                    reports.append(json_report.failed(path, str(error)))
+                    reports.append(json_report.failed(paths[0], str(error)))
             codes.append(code)
         if args.format == "json":
             from tracedbg.report import json_report
@@ -91,12 +93,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _one(
-    path: str, number: int, inputs: common.Inputs, args: argparse.Namespace, out: TextIO, reports: list[dict[str, Any]]
+    paths: list[str], number: int, inputs: common.Inputs, args: argparse.Namespace, out: TextIO, reports: list[dict[str, Any]]
 ) -> int:
     from tracedbg.describe import Words
     from tracedbg.replay import Replay
 
-    with inputs.open([path]) as trace:
+    path = paths[0]
+    with inputs.open(paths) as trace:
         words = Words(trace, inputs.symbols)
         with Replay(trace) as replay:
             common.scan(replay, path)

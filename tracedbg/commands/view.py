@@ -19,7 +19,8 @@ examples:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("trace", metavar="TRACE", help="native trace or foreign log")
+    parser.add_argument("traces", nargs="+", metavar="TRACE", help="native trace or foreign log")
+    common.threads_argument(parser)
     parser.add_argument("--at", metavar="N", help="begin after event N (or `start`, `end`; default: at the first finding)")
     common.input_arguments(parser)
 
@@ -28,8 +29,11 @@ def run(args: argparse.Namespace) -> int:
     """Open the viewer, if there is a terminal."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("the viewer needs a terminal; `tracedbg replay TRACE` prints the verdict")
+    recordings = common.recordings(args)
+    if len(recordings) > 1:
+        raise UsageError("the viewer shows one trace (the files of one recording: --threads)")
     inputs = common.Inputs(args)
-    with inputs.open([args.trace]) as trace:
+    with inputs.open(recordings[0]) as trace:
         from tracedbg.describe import Words
         from tracedbg.tui.app import run_app
 

@@ -85,12 +85,23 @@ def _fold_key(result: Result, finding: Finding) -> FoldKey:
 def _group(result: Result, group: list[Finding], verbose: bool) -> Iterator[str]:
     first = group[0]
     words, at = result.words, result.position
-    if verbose or result.severity(first) == "error":
+    if verbose or (result.severity(first) == "error" and not _told_before(result, first)):
         yield from words.finding_text(first, at, fixes=verbose)
         yield from _again(result, group)
     else:
         yield from finding_lines(result, group)
         yield from wrap(words.evidence_text(first, at), "  evidence: ", WIDTH)
+
+
+def _told_before(result: Result, finding: Finding) -> bool:
+    """A loop whose victim, writer and consumer the finding of the consumed frame tells already."""
+    if finding.rule is not Rule.RESUME_LOOP or finding.victim is None:
+        return False
+    return any(
+        f.rule is Rule.FRAME_CONSUMED_CORRUPT and f.consumer == finding.consumer and f.victim is not None
+        and f.victim.entry == finding.victim.entry
+        for f in result.shown
+    )  # fmt: skip
 
 
 def finding_lines(result: Result, group: list[Finding]) -> Iterator[str]:

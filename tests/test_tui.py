@@ -1,0 +1,389 @@
+"""The viewer as its user sees it: keys in, text of the screen out."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import pytest
+from samples import CS, DO_NMI, IST_NMI, NMI_RSP, race
+from textual.pilot import Pilot
+from textual.widgets import Input
+
+from tracedbg.describe import Words
+from tracedbg.errors import ReplayError
+from tracedbg.state import EventFlag, Kind, Source
+from tracedbg.trace import Trace, TraceWriter, build
+from tracedbg.tui.app import TraceApp
+from tracedbg.tui.shot import settle, shoot
+
+Script = Callable[["Screen"], Awaitable[None]]
+
+
+class Screen:
+    """The app under test."""
+
+    def __init__(self, app: TraceApp, pilot: Pilot[int]) -> None:
+        self.app = app
+        self.pilot = pilot
+
+    async def press(self, *keys: str) -> str:
+        for key in keys:
+            await self.pilot.press(key)
+            await settle(self.app, self.pilot)
+        return self.text()
+
+    async def goto(self, text: str) -> None:
+        await self.pilot.press("colon")
+        self.app.query_one("#goto", Input).value = text
+        await self.press("enter")
+
+    def text(self) -> str:
+        return "\n".join(strip.text.rstrip() for strip in self.app.screen._compositor.render_strips())
+
+    def line(self, part: str) -> str:
+        """The only line with this text."""
+        lines = [line for line in self.text().splitlines() if part in line]
+        assert len(lines) == 1, f"{len(lines)} lines with {part!r}:\n{self.text()}"
+        return lines[0]
+
+
+def drive(trace: Trace, script: Script, *, size: tuple[int, int] = (120, 36), start: int | None = None) -> TraceApp:
+    """Run a script against the viewer of a trace; afterwards nothing of it may be left."""
+
+    async def run() -> TraceApp:
+        app = TraceApp(trace, Words(trace), start=start)
+        async with app.run_test(size=size) as pilot:
+            await settle(app, pilot)
+            await script(Screen(app, pilot))
+        return app
+
+    app = asyncio.run(run())
+    assert not app.session.is_alive()
+    assert not [t for t in threading.enumerate() if t.name == "session"]
+    trace.close()  # fails if the Replay still held its buffers
+    return app
+
+
+def test_opens_at_the_first_finding_and_shows_what_was_overwritten() -> None:
+    async def script(screen: Screen) -> None:
+        text = screen.text()
+        assert screen.app.selected == 3
+        assert "NMI at event 0 (#569): live, OVERWRITTEN by event 3" in text
+        assert "NMI at event 3 (#571): live" in text
+        rip = screen.line(f"✗ was {0xFFFF82D0402F9C06:#x}")
+        assert f"{DO_NMI:x} rip" in rip and "◀ RSP" in rip
+        rsp = screen.line(f"✗ was {0xFFFF8300BFFD7E98:#x}")
+        assert f"{NMI_RSP:x} rsp" in rsp
+        assert "✗ was 0xe010" in text
+        assert "= same value, event 3" in screen.line("000000000000e008 cs     NMI@3")
+        assert "✗ 1 error" in text and "[victim]" in text and "[overwrites]" in text
+
+    drive(race(), script)
+
+
+def test_wide_screen_says_overwritten_by_whom_in_each_row() -> None:
+    async def script(screen: Screen) -> None:
+        assert "✗ overwritten by event 3 (was 0xffff82d0402f9c06)" in screen.text()
+
+    drive(race(), script, size=(180, 40))
+
+
+def test_steps_and_jumps() -> None:
+    async def script(screen: Screen) -> None:
+        assert "event 2 of 10" in await screen.press("k")
+        assert "event 3 of 10" in await screen.press("j")
+        assert "event 4 of 10" in await screen.press("right")
+        assert "event 3 of 10" in await screen.press("left")
+        assert "event 9 of 10" in await screen.press("G")
+        assert "event 9 of 10" in await screen.press("j")
+        assert "event 0 of 10" in await screen.press("g")
+        assert "event 0 of 10" in await screen.press("k")
+        assert "event 9 of 10" in await screen.press("pagedown")
+        assert "event 0 of 10" in await screen.press("pageup")
+        assert "event 3 of 10" in await screen.press("n")
+        assert "event 5 of 10" in await screen.press("n")
+        assert "no further finding" in await screen.press("n")
+        assert "event 3 of 10" in await screen.press("N")
+        assert "no earlier finding" in await screen.press("N")
+        assert "event 5 of 10" in await screen.press("backspace")
+
+    drive(race(6), script)
+
+
+def test_state_at_each_step_is_that_after_the_event() -> None:
+    async def script(screen: Screen) -> None:
+        text = await screen.press("g")
+        assert "NMIs blocked since 0" in text and "OVERWRITTEN" not in text
+        assert "NMI at event 0 (#569): live" in text
+        assert "MCIP 1" in await screen.press("j")
+        assert "NMIs open" in await screen.press("j")
+        assert "NMIs blocked since 3" in await screen.press("j")
+
+    drive(race(), script)
+
+
+def test_return_marks_the_words_it_pops() -> None:
+    async def script(screen: Screen) -> None:
+        text = await screen.press("n")
+        assert "OVERWRITTEN by event 3, popped by event 5" in text
+        assert "<" in screen.line("✗ was 0xffff82d0402f9c06").split("rip")[0]
+
+    drive(race(6), script)
+
+
+def test_goto_understands_numbers_percentages_places_and_source_numbers() -> None:
+    async def script(screen: Screen) -> None:
+        for text, index in (
+            ("7", 7), ("50%", 5), ("end", 9), ("start", 0), ("finding 2", 5), ("f1", 3), ("#570", 1), ("100%", 9), ("0x4", 4),
+        ):  # fmt: skip
+            await screen.goto(text)
+            assert screen.app.selected == index, text
+
+    drive(race(6), script)
+
+
+@pytest.mark.parametrize(
+    "text", ["10", "99999999999999999999", "abc", "-1", "101%", "finding 9", "finding 0", "#9999", "!", "1e3", "[bold]x[red]"]
+)
+def test_bad_goto_is_told_in_the_status_line(text: str) -> None:
+    async def script(screen: Screen) -> None:
+        before = screen.app.selected
+        await screen.goto(text)
+        assert screen.app.selected == before
+        status = screen.text().splitlines()[-2]
+        assert any(word in status for word in ("past", "cannot go to", "there is no finding", "no event has"))
+        assert "event 4 of 10" in await screen.press("j")  # keys work again
+
+    drive(race(6), script)
+
+
+def test_escape_leaves_the_prompt() -> None:
+    async def script(screen: Screen) -> None:
+        await screen.press("colon", *"12", "q")
+        assert screen.app.is_running and screen.app.query_one("#goto", Input).value == "12q"
+        await screen.press("escape")
+        assert "event 4 of 10" in await screen.press("j")
+
+    drive(race(6), script)
+
+
+def test_next_of_cpu_and_of_vector() -> None:
+    def fill(writer: TraceWriter) -> None:
+        for index in range(12):
+            writer.event(Kind.DELIVER, cpu=index % 3, rip=0x1000, arg=32 + index % 4, source=Source.FIXED)
+
+    async def script(screen: Screen) -> None:
+        await screen.press("g", "right_square_bracket")
+        assert screen.app.selected == 3
+        await screen.press("right_square_bracket", "left_square_bracket", "v")
+        assert screen.app.selected == 7
+        await screen.press("V")
+        assert screen.app.selected == 3
+        await screen.press("g")
+        assert "no earlier event of cpu 0" in await screen.press("left_square_bracket")
+        assert "cpu 1" in await screen.press("j")
+
+    drive(build(fill, cpus=3), script)
+
+
+def test_panes_cycle_and_findings_jump() -> None:
+    async def script(screen: Screen) -> None:
+        names = []
+        for _ in range(4):
+            await screen.press("tab")
+            names.append(screen.app.focused and screen.app.focused.id)
+        assert names == ["stacks", "details", "findings", "events"]
+        await screen.press("g", "shift+tab")
+        assert screen.app.focused is not None and screen.app.focused.id == "findings"
+        assert "resume-loop, cpu 0" in await screen.press("G")  # its text, still at the first event
+        assert screen.app.selected == 0
+        await screen.press("enter")
+        assert screen.app.selected == 5
+
+    drive(race(6), script)
+
+
+def test_enter_on_a_word_goes_to_its_writer() -> None:
+    async def script(screen: Screen) -> None:
+        await screen.press("G", "tab", "g", "j", "j", "j", "enter")
+        assert screen.app.selected == 3
+
+    drive(race(6), script)
+
+
+def test_click_selects_a_row() -> None:
+    async def script(screen: Screen) -> None:
+        await screen.pilot.click("#events", offset=(5, 3))
+        await settle(screen.app, screen.pilot)
+        assert screen.app.selected == 2
+        await screen.pilot.click("#findings", offset=(5, 2), times=2)
+        await settle(screen.app, screen.pilot)
+        assert screen.app.selected == 5
+
+    drive(race(6), script)
+
+
+def test_small_terminal_shows_the_verdict() -> None:
+    async def script(screen: Screen) -> None:
+        text = screen.text()
+        assert all(len(line) <= 80 for line in text.splitlines()) and len(text.splitlines()) == 24
+        assert "✗ was 0xffff82d0402f9c06 ◀ RSP" in text and "OVERWRITTEN by event 3" in text
+        assert "frame-clobbered" in text
+        assert "Findings (1)" not in text
+        assert "Findings (1)" in await screen.press("shift+tab")
+
+    drive(race(), script, size=(80, 24))
+
+
+def test_resizing_keeps_the_place() -> None:
+    async def script(screen: Screen) -> None:
+        for size in ((80, 24), (40, 10), (200, 60), (120, 36)):
+            await screen.pilot.resize_terminal(*size)
+            await settle(screen.app, screen.pilot)
+            assert screen.app.selected == 3
+        assert "✗ was 0xe010" in screen.text()
+
+    drive(race(), script)
+
+
+def test_help_and_zoom() -> None:
+    async def script(screen: Screen) -> None:
+        assert "next / previous finding" in await screen.press("question_mark")
+        assert "next / previous finding" not in await screen.press("q")
+        assert screen.app.is_running
+        assert "Events" not in await screen.press("tab", "z")
+        assert "Events" in await screen.press("z")
+
+    drive(race(), script)
+
+
+def test_quit_ends_with_0() -> None:
+    async def script(screen: Screen) -> None:
+        await screen.pilot.press("q")
+
+    assert not drive(race(), script).return_code
+
+
+def test_start_is_a_position_and_is_not_left_for_a_finding() -> None:
+    async def script(screen: Screen) -> None:
+        assert screen.app.selected == 1
+
+    drive(race(), script, start=2)
+
+
+def test_empty_trace() -> None:
+    async def script(screen: Screen) -> None:
+        text = await screen.press(*"jkgGnNvlh", "enter", "tab", "enter", "j", "right_square_bracket", "pagedown", "y")
+        assert "no events" in text
+        await screen.press("colon", "1", "enter")
+
+    drive(build(lambda writer: None), script)
+
+
+def test_events_that_know_nothing() -> None:
+    def fill(writer: TraceWriter) -> None:
+        for kind in Kind:
+            writer.event(kind)
+
+    async def script(screen: Screen) -> None:
+        for _ in Kind:
+            await screen.press("j")
+        assert f"event {len(Kind) - 1} of {len(Kind)}" in screen.text()
+
+    drive(build(fill), script)
+
+
+def test_impossible_records_are_rows_too() -> None:
+    def fill(writer: TraceWriter) -> None:
+        writer.append(bytes(range(60)) + bytes([200, 0, 77, 0]))
+        writer.append(b"\xff" * 64)
+        writer.event(Kind.MARK)
+
+    async def script(screen: Screen) -> None:
+        assert "event 0 of 3" in screen.text()
+        assert "event 2 of 3" in await screen.press("j", "j", "right_square_bracket", "v")
+
+    drive(build(fill), script)
+
+
+def test_hostile_names_reach_no_terminal() -> None:
+    evil = "\x1b]0;x\x07\x1b[31m[bold red]pwn[/]\u202e"
+
+    def fill(writer: TraceWriter) -> None:
+        from samples import LAYOUT
+
+        LAYOUT.names[2] = evil
+        try:
+            writer.layout = LAYOUT
+            writer.symbols = f"{DO_NMI:x} {DO_NMI + 64:x} do{evil}\n".encode()
+            payload = writer.payload(evil.encode())
+            writer.event(Kind.MARK, value=payload, code=len(evil.encode()), flags=int(EventFlag.BYTES))
+            writer.event(
+                Kind.DELIVER, cpu=0, rip=DO_NMI, rsp=NMI_RSP, cs=CS, ss=0, rflags=2, arg=2, source=Source.NMI, source_index=7
+            )
+            writer.flush()
+            writer.close()
+        finally:
+            LAYOUT.names[2] = "NMI"
+
+    async def script(screen: Screen) -> None:
+        await screen.press("j")
+        text = screen.text()
+        assert not any((ord(c) < 32 and c != "\n") or c == "\x7f" or c == "\u202e" for c in text)
+        assert "[bold red]pwn[/]" in text  # shown, not obeyed
+        assert f"{IST_NMI:x}" in text
+
+    drive(build(fill, name=f"dir/{evil}.tdbg"), script)
+
+
+def test_trace_without_layout_says_so() -> None:
+    def fill(writer: TraceWriter) -> None:
+        writer.event(Kind.DELIVER, cpu=0, rip=1, arg=2, source=Source.NMI)
+
+    async def script(screen: Screen) -> None:
+        assert "The trace has no TSS and no IDT" in screen.text()
+
+    drive(build(fill), script)
+
+
+def test_failing_replay_is_told_and_the_list_stays() -> None:
+    def fail() -> object:
+        raise ReplayError("out of memory")
+
+    async def run() -> None:
+        with race() as trace:
+            app = TraceApp(trace, Words(trace), open_replay=fail)  # type: ignore[arg-type]
+            async with app.run_test(size=(100, 30)) as pilot:
+                screen = Screen(app, pilot)
+                await settle(app, pilot)
+                assert "the replay ended: out of memory" in screen.text()
+                await pilot.press("j")
+                await pilot.pause()
+                assert "event 1 of 4" in screen.text()
+
+    asyncio.run(run())
+
+
+def test_monochrome_screen_has_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = []
+
+    async def script(screen: Screen) -> None:
+        texts.append(screen.text())
+
+    drive(race(), script)
+    monkeypatch.setenv("NO_COLOR", "1")
+    drive(race(), script)
+    assert texts[0] == texts[1]
+    assert "✗" in texts[1]
+
+
+def test_pictures_of_equal_screens_are_equal() -> None:
+    def picture() -> str:
+        with race(6) as trace:
+            return asyncio.run(shoot(TraceApp(trace, Words(trace)), (100, 30), ["n"], "t"))
+
+    first = picture()
+    assert first == picture()
+    assert "0xffff82d0402f9c06" in first

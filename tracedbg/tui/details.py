@@ -1,0 +1,72 @@
+"""The pane that tells all about one event or one finding."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import ClassVar
+
+from rich.segment import Segment
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+
+from tracedbg.tui.lines import MOVE, set_height
+
+HANG = 2  # columns that the rest of a wrapped line is indented more than its beginning
+
+
+class Details(ScrollView, can_focus=True):
+    """Plain lines, wrapped; nothing in them is markup. No layout is needed when they change, which makes stepping cheap."""
+
+    ALLOW_SELECT = False
+    DEFAULT_CSS = """
+    Details { overflow-x: hidden; overflow-y: scroll; scrollbar-size-vertical: 1; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("j,down", "scroll_down", "down", key_display="j", group=MOVE),
+        Binding("k,up", "scroll_up", "up", key_display="k", group=MOVE),
+        Binding("g,home", "scroll_home", "top", show=False),
+        Binding("G,end", "scroll_end", "bottom", show=False),
+        Binding("pagedown,ctrl+f,ctrl+d", "page_down", "page down", show=False),
+        Binding("pageup,ctrl+b,ctrl+u", "page_up", "page up", show=False),
+    ]
+    BORDER_TITLE = "Details"
+
+    def __init__(self, *, id: str) -> None:
+        super().__init__(id=id)
+        self.lines: tuple[str, ...] = ()
+        self._wrapped: list[str] = []
+
+    @property
+    def text_width(self) -> int:
+        """Columns for text."""
+        return max(self.scrollable_content_region.width, 20)
+
+    def show_lines(self, title: str, lines: list[str]) -> None:
+        """Replace what is said; the pane goes back to its top only if it says something else."""
+        self.border_title = title
+        if tuple(lines) != self.lines:
+            self.lines = tuple(lines)
+            self._wrap()
+            self.scroll_to(y=0, animate=False, force=True)
+
+    def _wrap(self) -> None:
+        self._wrapped = []
+        for line in self.lines:
+            indent = " " * (len(line) - len(line.lstrip()) + HANG)
+            # Tables of findings are as wide as they are; prose comes wrapped, and only fields and long names are left.
+            parts = textwrap.wrap(line, self.text_width, subsequent_indent=indent, drop_whitespace=True, break_on_hyphens=False)
+            self._wrapped += parts or [""]
+        set_height(self, len(self._wrapped))
+        self.refresh()
+
+    def on_resize(self, event: events.Resize) -> None:
+        self._wrap()
+
+    def render_line(self, y: int) -> Strip:
+        width = self.scrollable_content_region.width
+        index = int(self.scroll_offset.y) + y
+        if not 0 <= index < len(self._wrapped):
+            return Strip.blank(width, self.rich_style)
+        return Strip([Segment(self._wrapped[index], self.rich_style)]).crop_extend(0, width, self.rich_style)

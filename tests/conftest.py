@@ -29,6 +29,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
+def shared_folder() -> Path:
+    """Where the real recordings would be."""
+    return Path(os.environ.get("TRACEDBG_DATA") or ROOT.parent / "shared" / "data")
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The top of the repository."""
@@ -37,8 +42,8 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The real recordings that lie beside the repository; the test is skipped without them."""
-    folder = ROOT.parent / "shared" / "data"
+    """The real recordings: $TRACEDBG_DATA, or beside the repository; the test is skipped without them."""
+    folder = shared_folder()
     if not folder.is_dir():
         pytest.skip("no recordings beside the repository")
     return folder

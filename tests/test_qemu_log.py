@@ -23,7 +23,7 @@ from tracedbg.state import Event, EventFlag, Kind, Known, Source
 from tracedbg.trace import Trace, TraceWriter
 
 DATA = Path(__file__).parent / "data" / "qemu"
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "qemu"
+SHARED = Path(os.environ.get("TRACEDBG_DATA") or Path(__file__).parents[2] / "shared" / "data") / "qemu"
 ALONE = ReaderOptions(discover=False)
 
 

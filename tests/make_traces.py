@@ -1,0 +1,143 @@
+"""Makes the traces in traces/ from the recorded data: `python tests/make_traces.py DATA [OUT]`.
+
+DATA is the folder with qemu/ and symbols/. traces/README.md says what each trace shows. Same data, same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from dumpjson import layout_of_dump, load
+
+from tracedbg import formats
+from tracedbg.commands.convert import code_addresses
+from tracedbg.layout import Fidelity, Layout, from_toml, load_toml
+from tracedbg.state import Kind
+from tracedbg.symbols import Symbols
+from tracedbg.trace import Trace, TraceWriter
+
+USER = 'user = [["0x111000", "0x113000"]]\n'  # the guest's own user page, which no log tells
+
+
+def istlab(data: Path, folder: str, *, user: bool = False) -> Trace:
+    options = formats.ReaderOptions(layout=from_toml(USER, "user.toml") if user else None)
+    return formats.open_input(str(data / "qemu" / folder / "qemu.log"), options=options)
+
+
+def xen_layout(data: Path) -> Layout:
+    preset = load_toml("xen")
+    layout = layout_of_dump(data / "qemu/xen-nested/smp1-xnmi_mce_nmi.dump.json.gz")
+    return replace(layout, regions=(*layout.regions, *preset.regions), names=preset.names)
+
+
+def xen_symbols(data: Path) -> Symbols:
+    return Symbols.load(str(data / "symbols/xen-syms-4.17-amd64.map.gz"))
+
+
+def xen_log(data: Path) -> Trace:
+    """The three lines of the log: an NMI, a machine check in it, an NMI after that one's IRET."""
+    options = formats.ReaderOptions(layout=xen_layout(data))
+    return formats.open_input(str(data / "qemu/xen-nested/smp1-xnmi_mce_nmi.log.gz"), options=options)
+
+
+def xen_livelock(data: Path, writer: TraceWriter) -> None:
+    """The log's deliveries with the returns that the debugger saw between and after them."""
+    truth = load(data / "qemu/xen-nested/smp1-xnmi_mce_nmi.truth.json.gz")["truth"]
+    symbols = xen_symbols(data)
+    exit_rip = next(start for start, _, name in symbols if name == "restore_all_xen") + 0xA4
+    with xen_log(data) as log:
+        records = [bytes(log.events[i * 64 : i * 64 + 64]) for i in range(log.count)]
+        kinds = [log.event(i).kind for i in range(log.count)]
+        writer.layout = replace(log.layout, fidelity=log.layout.fidelity | Fidelity.RETURNS)
+        writer.meta = dict(log.meta)
+    writer.meta["fidelity"] = {
+        **writer.meta["fidelity"],
+        "returns": "from event 569 of the log on: every IRET of the hypervisor, seen by a debugger at its IRETQ",
+    }
+    at = 0
+
+    def deliveries(count: int) -> None:
+        nonlocal at
+        while count or (at < len(records) and kinds[at] is not Kind.DELIVER):
+            count -= kinds[at] is Kind.DELIVER
+            writer.append(records[at])
+            at += 1
+
+    for step in truth:
+        if step["kind"] == "enter":
+            deliveries(1)
+        elif step["kind"] == "exit":
+            rip, cs, rflags, rsp, ss = (int(value, 16) for value in step["frame"][:5])
+            # Xen keeps flags of its own in the upper half of the saved RFLAGS.
+            writer.event(
+                Kind.RETURN, cpu=0, rip=exit_rip, rsp=int(step["rsp"], 16), addr=rip, value=rsp, cs=cs, ss=ss,
+                rflags=rflags & 0xFFFFFFFF,
+            )  # fmt: skip
+
+
+def linux_nested(data: Path) -> Trace:
+    return formats.open_input(str(data / "qemu/linux/nest_plugin/excerpt.log"))
+
+
+def linux_symbols(data: Path) -> Symbols:
+    table = json.loads((data / "qemu/linux/nest_plugin/kallsyms.json").read_text())
+    lines = sorted(f"{int(addr, 16):016x} T {name}" for name, addr in table.items() if int(addr, 16) > 1 << 63)
+    return Symbols.parse("\n".join(lines).encode() + b"\n", "kallsyms.json")
+
+
+def copy(trace: Trace, writer: TraceWriter) -> None:
+    """All of a trace."""
+    writer.cpus, writer.clock_hz = trace.cpus, trace.clock_hz
+    writer.layout, writer.meta = trace.layout, trace.meta
+    writer.payload(bytes(trace.payload))
+    writer.append(trace.events)
+
+
+def finish(path: Path, symbols: Symbols | None) -> None:
+    """Add the symbols that the events of a trace need."""
+    if symbols is None:
+        return
+    with Trace.open(path) as trace, TraceWriter(path, force=True) as writer:
+        writer.symbols = symbols.subset(code_addresses(trace)).to_bytes()
+        copy(trace, writer)
+
+
+Maker = Callable[[Path], Trace]
+
+TRACES: dict[str, tuple[Maker, Callable[[Path], Symbols] | None]] = {
+    "xen-nmi-mce-nmi-log": (xen_log, xen_symbols),
+    "fake-nmi-pic": (lambda d: istlab(d, "istlab-plugin/b_pic"), None),
+    "nmi-int3-nmi": (lambda d: istlab(d, "istlab-plugin/a"), None),
+    "nmi-int3-nmi-consumed": (lambda d: istlab(d, "istlab-plugin/g"), None),
+    "nmi-int3-nmi-log": (lambda d: istlab(d, "istlab/a"), None),
+    "nmi-latched": (lambda d: istlab(d, "istlab/a0"), None),
+    "fake-mce-lapic": (lambda d: istlab(d, "istlab/c_lapic"), None),
+    "mce-mcip-shutdown": (lambda d: istlab(d, "istlab/d_mcip"), None),
+    "linux-nested-nmi": (linux_nested, linux_symbols),
+    "syscall-gap-no-ist": (lambda d: istlab(d, "istlab/f_noist_ipi", user=True), None),
+    "syscall-gap-ist": (lambda d: istlab(d, "istlab/f_ist_ipi", user=True), None),
+    "double-fault": (lambda d: istlab(d, "istlab/x_df"), None),
+}
+
+
+def main() -> None:
+    data = Path(sys.argv[1])
+    out = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parent.parent / "traces"
+    flagship = out / "xen-nmi-mce-nmi.tdbg"
+    with TraceWriter(flagship, force=True) as writer:
+        xen_livelock(data, writer)
+    finish(flagship, xen_symbols(data))
+    for name, (make, symbols) in TRACES.items():
+        path = out / f"{name}.tdbg"
+        with make(data) as trace, TraceWriter(path, force=True) as writer:
+            copy(trace, writer)
+        finish(path, symbols(data) if symbols else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -143,7 +143,7 @@ class Kernel:
                 if kind < 0.04:
                     top: int | None = None
                 elif kind < 0.10:
-                    top = POISON
+                    top = r.choice((POISON, POISON, 1 << 47, 1 << 56, (1 << 56) - 8, MASK - (1 << 56) + 1, MASK - (1 << 56)))
                 elif kind < 0.12:
                     top = 0
                 elif kind < 0.20:
@@ -372,6 +372,13 @@ class Kernel:
         if r.random() < 0.8:
             fields["addr"] = r.choice((0, 1, 3, 5, 6, 99))
         self.emit(Kind.DELIVER, flags=EventFlag.FAILED, **fields)
+        spot = self.place(self.cpus[fields["cpu"]], fields["arg"], fields.get("source", 0))
+        if spot is not None:
+            pushed = ("ss", "rsp", "rflags", "cs", "rip")[: fields.get("addr", 0)]
+            for n, name in enumerate(pushed):
+                self.poke(spot[1] - 8 - 8 * n, fields[name])
+            if pushed and r.random() < 0.4:
+                self.ret(fields["cpu"])
         if r.random() < 0.5:
             fields["arg"] = 14
             fields["source"] = Source.EXCEPTION

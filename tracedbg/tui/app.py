@@ -59,8 +59,8 @@ class TraceApp(App[int]):
         Binding("h,left", "step(-1)", "back", show=False),
         Binding("n,f", "finding(1)", "next finding", key_display="n", group=_FINDING),
         Binding("N,F", "finding(-1)", "previous finding", key_display="N", group=_FINDING),
-        Binding("right_square_bracket,full_stop", "same_cpu(1)", "next of CPU", key_display="]", group=_CPU),
         Binding("left_square_bracket,comma", "same_cpu(-1)", "previous of CPU", key_display="[", group=_CPU),
+        Binding("right_square_bracket,full_stop", "same_cpu(1)", "next of CPU", key_display="]", group=_CPU),
         Binding("v", "same_vector(1)", "vector", key_display="v"),
         Binding("V", "same_vector(-1)", "previous of vector", show=False),
         Binding("colon", "ask", "go to", key_display=":"),
@@ -87,6 +87,9 @@ class TraceApp(App[int]):
         self._moved = start is not None  # the user chose a place: do not jump to the first finding
         self._scanned = 0
         self._done = False
+        self._levels: list[str] = []  # severity of each finding
+        self._marks: dict[int, str] = {}  # gravest severity of each event with findings
+        self._tally = ""
         self._by_event: list[int] = []  # event of each finding, in the order raised, which rises
         self._finding: int | None = None  # number of the finding that the details tell about
         self._last: int | None = None  # the one before stepping away: its events stay marked
@@ -176,7 +179,7 @@ class TraceApp(App[int]):
     def _finding_at(self, index: int) -> int | None:
         """The first of the gravest findings raised by an event."""
         numbers = range(bisect_left(self._by_event, index), bisect_right(self._by_event, index))
-        return max(numbers, key=lambda n: (rules.rank(rules.finding_severity(self.findings[n])), -n), default=None)
+        return max(numbers, key=lambda n: (rules.rank(self._levels[n]), -n), default=None)
 
     # -- the session's reports -----------------------------------------------------------------------------------------
 
@@ -201,27 +204,38 @@ class TraceApp(App[int]):
     def _progressed(self, progress: Progress) -> None:
         self._scanned, self._done = progress.scanned, progress.done
         if progress.findings or progress.done:
-            self.findings[progress.first :] = progress.findings
-            self._by_event[progress.first :] = [f.event for f in progress.findings]
-            marks: dict[int, str] = {}
-            for finding in self.findings:
-                severity = rules.finding_severity(finding)
-                marks[finding.event] = max(marks.get(finding.event, severity), severity, key=rules.rank)
-            self.query_one("#events", EventList).set_marks(marks)
-            self.query_one("#findings", FindingList).set_findings(self.findings, self._done)
+            self._take(progress)
         if not self._moved:
             self._open_at_finding()
         elif self._finding is None and progress.findings:
             self._finding = self._finding_at(self.selected)
         self._paint()
 
+    def _take(self, progress: Progress) -> None:
+        """Keep new findings, and at the end all of them with their final word. Cheap per report, as there may be many."""
+        first = progress.first
+        levels = [rules.finding_severity(f) for f in progress.findings]
+        self.findings[first:] = progress.findings
+        self._levels[first:] = levels
+        self._by_event[first:] = [f.event for f in progress.findings]
+        if first == 0:
+            self._marks.clear()
+        for finding, level in zip(progress.findings, levels, strict=True):
+            self._marks[finding.event] = max(self._marks.get(finding.event, level), level, key=rules.rank)
+        self._tally = "  ".join(
+            f"{GLYPHS[level]} {count:,} {level}{'' if count == 1 else 's'}"
+            for level in reversed(rules.SEVERITIES)
+            if (count := self._levels.count(level))
+        )
+        self.query_one("#events", EventList).set_marks(self._marks)
+        self.query_one("#findings", FindingList).set_findings(self.findings, self._done)
+
     def _open_at_finding(self) -> None:
         """Start where it hurts: at the first error, or when all is known at the first of what is gravest."""
-        ranks = [rules.rank(rules.finding_severity(f)) for f in self.findings]
-        grave = rules.rank("error") if not self._done else max(ranks, default=0)
-        if grave in ranks:
+        gravest = max(self._levels, key=rules.rank, default=None) if self._done else "error"
+        if gravest in self._levels:
             self._moved = True
-            self._finding = ranks.index(grave)
+            self._finding = self._levels.index(gravest)
             self._place(self.findings[self._finding].event, center=True)
 
     def _found(self, found: Found) -> None:
@@ -262,17 +276,8 @@ class TraceApp(App[int]):
         scan = "" if self._done else f"  scanning {self._scanned * 100 // max(count, 1)}%"
         text.append(f"  {cpus} CPU{'' if cpus == 1 else 's'}  {at}{scan}", "not bold")
         if self.findings or self._done:
-            text.append(f"  {self._tally()}", "not bold")
+            text.append(f"  {self._tally or 'no findings'}", "not bold")
         self.query_one("#header", Static).update(text, layout=False)
-
-    def _tally(self) -> str:
-        levels = [rules.finding_severity(f) for f in self.findings]
-        parts = [
-            f"{GLYPHS[level]} {levels.count(level)} {level}{'' if levels.count(level) == 1 else 's'}"
-            for level in reversed(rules.SEVERITIES)
-            if level in levels
-        ]
-        return "  ".join(parts) or "no findings"
 
     def _paint_status(self) -> None:
         text = Text(no_wrap=True, overflow="ellipsis")
@@ -280,7 +285,7 @@ class TraceApp(App[int]):
             text.append(f" {self._message}", "bold")
         elif self._finding is not None:
             finding = self.findings[self._finding]
-            mark = GLYPHS[rules.finding_severity(finding)]
+            mark = GLYPHS[self._levels[self._finding]]
             text.append(f" {mark} finding {self._finding + 1} of {len(self.findings)}: ", "bold")
             text.append(self.words.finding_message(finding))
         elif not self.trace.count:

@@ -24,8 +24,11 @@ class Details(ScrollView, can_focus=True):
     Details { overflow-x: hidden; overflow-y: scroll; scrollbar-size-vertical: 1; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("j,down", "scroll_down", "down", key_display="j", group=MOVE),
-        Binding("k,up", "scroll_up", "up", key_display="k", group=MOVE),
+        Binding("j", "scroll_down", "down", group=MOVE),
+        Binding("k", "scroll_up", "up", group=MOVE),
+        # Apart from j and k, as the inherited place of the arrows would turn the order in the footer.
+        Binding("down", "scroll_down", "down", show=False),
+        Binding("up", "scroll_up", "up", show=False),
         Binding("g,home", "scroll_home", "top", show=False),
         Binding("G,end", "scroll_end", "bottom", show=False),
         Binding("pagedown,ctrl+f,ctrl+d", "page_down", "page down", show=False),

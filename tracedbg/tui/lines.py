@@ -34,8 +34,11 @@ class LineList(ScrollView, can_focus=True):
     LineList { overflow-x: hidden; overflow-y: scroll; scrollbar-size-vertical: 1; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("j,down", "move(1)", "down", key_display="j", group=MOVE),
-        Binding("k,up", "move(-1)", "up", key_display="k", group=MOVE),
+        Binding("j", "move(1)", "down", group=MOVE),
+        Binding("k", "move(-1)", "up", group=MOVE),
+        # Apart from j and k, as the inherited place of the arrows would turn the order in the footer.
+        Binding("down", "move(1)", "down", show=False),
+        Binding("up", "move(-1)", "up", show=False),
         Binding("pagedown,ctrl+f", "page(1)", "page down", show=False),
         Binding("pageup,ctrl+b", "page(-1)", "page up", show=False),
         Binding("ctrl+d", "page(0.5)", "half a page down", show=False),

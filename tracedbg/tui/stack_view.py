@@ -47,7 +47,7 @@ class StackView(LineList):
         self._rows = build_rows(view, self._words)
         # Columns are as wide as this view needs them, so that rows stand below each other.
         self._owner_width = max((min(len(r.owner), _OWNER_MAX) + 1 for r in self._rows if r.owner), default=0)
-        overwritten = [r for r in self._rows if r.status is Status.CLOBBERED and r.was]
+        overwritten = [r for r in self._rows if r.was]
         self._was_width = max((len(_was(r, False)) for r in overwritten), default=0)
         self._phrase_width = max((len(_was(r, True)) for r in overwritten), default=0)
         self.set_count(len(self._rows))
@@ -97,7 +97,7 @@ class StackView(LineList):
             Segment(row.value, base + self.part("stack--clobbered") if clobbered else changed),
             Segment(f" {row.slot:<6} ", base),
         ]
-        if with_owner or not clobbered:
+        if with_owner or not row.was:
             segments.append(Segment(f"{row.owner[:_OWNER_MAX]:<{self._owner_width}}", base))
         if clobbered:
             segments.append(Segment(_was(row, phrase), base + self.part("stack--clobbered")))

@@ -33,7 +33,7 @@ static bool choose_base(const struct machine *m, const struct request *rq, const
 	}
 	if (!ctx_knows(&rq->at, TDB_K_CS))
 		return false;
-	if ((rq->at.cs & 3) == 3) {
+	if (rq->at.cs & 3) {               /* the target's CPL is 0 */
 		if (!tss || !(tss->known & 1))
 			return false;
 		*base = tss->rsp[0];
@@ -82,7 +82,7 @@ bool deliver_place(const struct machine *m, const struct request *rq, struct pla
 		return false;
 	*ret = (struct placement){
 		.gate = *gate,
-		.switched = gate->ist || (rq->at.cs & 3) == 3,
+		.switched = gate->ist || (rq->at.cs & 3) != 0,
 		.cpl_change = ctx_knows(&rq->at, TDB_K_CS) && (rq->at.cs & 3) != 0,
 		.frame = {
 			.lo = top - size, .hi = top, .entry = rq->event, .clobbered_by = NONE, .finding = NONE,
@@ -138,7 +138,18 @@ static void registers_entered(struct machine *m, struct cpu *c, const struct req
 		c->s.rflags &= ~(1u << 9);
 }
 
-static void raise_fake(struct machine *m, struct cpu *c, const struct request *rq)
+/* The frame of a delivery; where it went is not known if it could not be placed. */
+static struct tdb_frame writer_frame(const struct request *rq, const struct placement *p)
+{
+	if (p)
+		return p->frame;
+	return (struct tdb_frame){
+		.entry = rq->event, .clobbered_by = NONE, .finding = NONE, .victim = NONE, .cpu = rq->cpu,
+		.vector = rq->vector, .source = rq->source, .saved = rq->at,
+	};
+}
+
+static void raise_fake(struct machine *m, struct cpu *c, const struct request *rq, const struct placement *p)
 {
 	uint32_t which = rq->vector == VECTOR_MC;
 	struct tdb_finding f;
@@ -152,29 +163,21 @@ static void raise_fake(struct machine *m, struct cpu *c, const struct request *r
 		return;
 	}
 	f = finding_new(which ? TDB_R_FAKE_MCE : TDB_R_FAKE_NMI, TDB_EV_RECORDED, rq->event, rq->cpu);
-	f.writer.entry = rq->event;
-	f.writer.cpu = rq->cpu;
-	f.writer.vector = rq->vector;
-	f.writer.source = rq->source;
-	f.writer.saved = rq->at;
+	f.writer = writer_frame(rq, p);
 	c->fake[which][rq->source] = finding_raise(m, &f);
 }
 
-static void raise_simple(struct machine *m, struct cpu *c, const struct request *rq)
+static void raise_simple(struct machine *m, struct cpu *c, const struct request *rq, const struct placement *p)
 {
 	struct tdb_finding f;
 	uint8_t mismatch = 0;
 
-	raise_fake(m, c, rq);
+	raise_fake(m, c, rq, p);
 	if (rq->vector_known && rq->vector == VECTOR_DF && rq->source == TDB_SRC_EXCEPTION) {
 		f = finding_new(TDB_R_DOUBLE_FAULT, TDB_EV_RECORDED, rq->event, rq->cpu);
 		f.cause_event = c->failed[0];
 		f.cause_frame = c->failed[1];
-		f.writer.entry = rq->event;
-		f.writer.cpu = rq->cpu;
-		f.writer.vector = rq->vector;
-		f.writer.source = rq->source;
-		f.writer.saved = rq->at;
+		f.writer = writer_frame(rq, p);
 		finding_raise(m, &f);
 	}
 	if (is_maskable(rq->source) && ctx_knows(&rq->at, TDB_K_RFLAGS) && !(rq->at.rflags & 1u << 9))
@@ -193,7 +196,7 @@ static void raise_user_stack(struct machine *m, struct cpu *c, const struct requ
 	enum tdb_evidence ev = TDB_EV_UNKNOWN;
 	struct tdb_finding f;
 
-	if (p->gate.ist || (rq->at.cs & 3) == 3)
+	if (p->switched)
 		return;
 	for (uint32_t i = 0; i < m->in->user_count; i++)
 		if (p->frame.lo < m->in->user[i].hi && m->in->user[i].lo < p->frame.hi)
@@ -252,6 +255,7 @@ int deliver_apply(struct machine *m, const struct tdb_event *e, uint32_t index)
 	};
 	struct placement p;
 	struct tdb_cpu before;
+	bool placed;
 	int status;
 
 	if (e->flags & TDB_F_LEGACY) {
@@ -264,9 +268,10 @@ int deliver_apply(struct machine *m, const struct tdb_event *e, uint32_t index)
 		return apply_failed(m, c, &rq, e);
 	m->stats.deliveries++;
 	observe(m, c, rq.cpu, &rq.at, index);
-	raise_simple(m, c, &rq);
+	placed = deliver_place(m, &rq, &p);
+	raise_simple(m, c, &rq, placed ? &p : NULL);
 	c->failed[0] = c->failed[1] = NONE;
-	if (!deliver_place(m, &rq, &p)) {
+	if (!placed) {
 		m->stats.unjudged++;
 		registers_from(c, &(struct tdb_context){ 0 });
 		begin_masking(c, &rq);

@@ -374,11 +374,13 @@ static int dispatch(struct machine *m, struct cpu *c, const struct tdb_event *e,
 		break;
 	case TDB_SYSRET:
 		observe_cpl3(m, e->cpu, index);
-		c->s.known &= ~(TDB_CK_CS | TDB_CK_SS | TDB_CK_RIP);
+		c->s.known &= ~(TDB_CK_CS | TDB_CK_SS | TDB_CK_RIP | TDB_CK_RFLAGS);
 		break;
+	case TDB_SYSENTER:                         /* R31: only SYSENTER loads RSP */
+		c->s.known &= ~TDB_CK_RSP;
+		/* fall through */
 	case TDB_SYSCALL:
-	case TDB_SYSENTER:
-		c->s.known &= ~(TDB_CK_CS | TDB_CK_SS | TDB_CK_RIP);
+		c->s.known &= ~(TDB_CK_CS | TDB_CK_SS | TDB_CK_RIP | TDB_CK_RFLAGS);
 		break;
 	case TDB_RAISE:
 		if (e->known & TDB_K_ARG && e->arg == VECTOR_NMI && e->known & TDB_K_SOURCE && e->source == TDB_SRC_NMI &&

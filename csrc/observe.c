@@ -2,9 +2,9 @@
 #include "core.h"
 
 /* Close a frame that was seen to be done with; a clobbered one has survived. */
-static void close_seen(struct machine *m, struct node *n, enum tdb_settle why, uint32_t event, uint32_t *first)
+static void close_seen(struct machine *m, struct node *n, enum tdb_settle why, uint16_t cpu, uint32_t event, uint32_t *first)
 {
-	if (n->f.entry < *first)
+	if (n->f.cpu == cpu && n->f.entry < *first)
 		*first = n->f.entry;
 	if (n->f.status == TDB_FRAME_CLOBBERED)
 		finding_settle(m, n->f.finding, TDB_R_FRAME_RELOCATED, TDB_EV_INFERRED, event, why);
@@ -29,16 +29,15 @@ static void close_cpl3(struct machine *m, uint16_t cpu, uint32_t event, uint32_t
 
 		next = n->watch.next;
 		if (n->per_cpu && n->f.status != TDB_FRAME_CLOBBERED)
-			close_seen(m, n, TDB_SETTLE_CPL3, event, first);
+			close_seen(m, n, TDB_SETTLE_CPL3, cpu, event, first);
 	}
 }
 
 void observe_cpl3(struct machine *m, uint16_t cpu, uint32_t event)
 {
-	uint32_t first = NONE;
+	uint32_t ignored = NONE;             /* the return has unblocked NMIs itself, SYSRET does not (R14) */
 
-	close_cpl3(m, cpu, event, &first);
-	infer_unblock(m, &m->cpu[cpu], event, first);
+	close_cpl3(m, cpu, event, &ignored);
 }
 
 /* b: RSP stands above the frame on its own stack. */
@@ -53,7 +52,7 @@ static void close_popped(struct machine *m, uint16_t cpu, uint64_t key, uint64_t
 		if (stack_named(key) && n->f.cpu != cpu)
 			continue;
 		if (n->f.status != TDB_FRAME_CLOBBERED && rsp > frame_rip_addr(&n->f))
-			close_seen(m, n, TDB_SETTLE_POPPED, event, first);
+			close_seen(m, n, TDB_SETTLE_POPPED, cpu, event, first);
 	}
 }
 
@@ -85,16 +84,16 @@ void observe(struct machine *m, struct cpu *c, uint16_t cpu, const struct tdb_co
 		if (saved_knows(&n->f, TDB_K_RSP) && n->saved_key != n->key) {
 			if (rip_known && saved_knows(&n->f, TDB_K_RIP) && at->rip == n->f.saved.rip &&
 			    at->rsp == n->f.saved.rsp) {
-				close_seen(m, n, TDB_SETTLE_CONTEXT, event, &first);
+				close_seen(m, n, TDB_SETTLE_CONTEXT, cpu, event, &first);
 				continue;
 			}
 			if (key == n->saved_key && at->rsp >= n->f.saved.rsp) {
-				close_seen(m, n, TDB_SETTLE_ABOVE, event, &first);
+				close_seen(m, n, TDB_SETTLE_ABOVE, cpu, event, &first);
 				continue;
 			}
 		}
 		if (!returns && if_set && n->f.gate_type == 0xe && n->f.status != TDB_FRAME_CLOBBERED && key != n->key)
-			close_seen(m, n, TDB_SETTLE_IF, event, &first);
+			close_seen(m, n, TDB_SETTLE_IF, cpu, event, &first);
 	}
 	infer_unblock(m, c, event, first);
 }

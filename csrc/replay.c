@@ -39,7 +39,7 @@ static int compare_stacks(const void *a, const void *b)
 		return x->hi < y->hi ? -1 : 1;
 	if (x->lo != y->lo)
 		return x->lo < y->lo ? -1 : 1;
-	return x->cpu < y->cpu ? -1 : x->cpu > y->cpu;
+	return x->frames < y->frames ? -1 : x->frames > y->frames;  /* the place in the layout, while sorting */
 }
 
 static int take_regions(struct inputs *in, const struct tdb_layout *l)
@@ -59,7 +59,8 @@ static int take_regions(struct inputs *in, const struct tdb_layout *l)
 			in->user[in->user_count++] = *r;
 		if (r->kind == TDB_REGION_STACK)
 			in->stack[in->stack_count++] = (struct tdb_stack){
-				.lo = r->lo, .hi = r->hi, .cpu = r->cpu, .slot = r->slot, .flags = TDB_STACK_NAMED };
+				.lo = r->lo, .hi = r->hi, .cpu = r->cpu, .slot = r->slot, .flags = TDB_STACK_NAMED,
+				.frames = i };
 	}
 	qsort(in->stack, in->stack_count, sizeof(*in->stack), compare_stacks);
 	for (uint32_t i = 0; i < in->stack_count; i++)
@@ -82,7 +83,7 @@ static bool valid(const struct tdb_config *cfg, const struct tdb_event *events, 
 		    l->cpu[i].idt >= (int64_t)l->idt_count)
 			return false;
 	for (uint32_t i = 0; i < l->memory_count; i++)
-		if ((!l->memory[i].bytes && l->memory[i].length) || l->memory[i].addr + l->memory[i].length < l->memory[i].addr)
+		if ((!l->memory[i].bytes && l->memory[i].length) || (l->memory[i].length && l->memory[i].addr + (l->memory[i].length - 1) < l->memory[i].addr))
 			return false;
 	return true;
 }

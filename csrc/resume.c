@@ -140,7 +140,7 @@ static void raise_loop(struct machine *m, struct cpu *c, const struct tdb_frame 
 	c->loop_sp = e->value;
 }
 
-static void consumed(struct machine *m, struct cpu *c, const struct tdb_frame *f, uint8_t slots, uint32_t by,
+static void consumed(struct machine *m, struct cpu *c, const struct tdb_frame *f, uint8_t differ, uint8_t slots, uint32_t by,
 		     const struct tdb_event *e, uint32_t index)
 {
 	struct tdb_frame writer = frame_of_event(m, by);
@@ -161,7 +161,7 @@ static void consumed(struct machine *m, struct cpu *c, const struct tdb_frame *f
 		finding.popped = popped;
 		finding_raise(m, &finding);
 	}
-	if (saved_knows(&writer, TDB_K_RIP | TDB_K_RSP) && e->known & TDB_K_ADDR && e->known & TDB_K_VALUE &&
+	if (differ & (1u << 0 | 1u << 3) && saved_knows(&writer, TDB_K_RIP | TDB_K_RSP) && e->known & TDB_K_ADDR && e->known & TDB_K_VALUE &&
 	    e->addr == writer.saved.rip && e->value == writer.saved.rsp && f->cpu == e->cpu && writer.cpu == e->cpu)
 		raise_loop(m, c, f, &writer, e, index);
 }
@@ -178,13 +178,14 @@ static uint32_t consume(struct machine *m, struct cpu *c, struct node *n, const 
 	differ = differing(slot);
 	frame_close(m, n, TDB_SETTLE_RETURN);
 	if (!differ) {
-		if (f.status == TDB_FRAME_CLOBBERED)
+		/* That its own words came back is shown only by words that are known. */
+		if (f.status == TDB_FRAME_CLOBBERED && slot[0].known && slot[3].known)
 			finding_settle(m, f.finding, TDB_R_FRAME_RELOCATED, TDB_EV_RECORDED, index, TDB_SETTLE_RETURN);
 		return f.entry;
 	}
 	other = foreign(m, &f, slot, differ, &by);
 	if (other)
-		consumed(m, c, &f, other, by, e, index);
+		consumed(m, c, &f, differ, other, by, e, index);
 	return f.entry;
 }
 

@@ -11,7 +11,8 @@ struct tdb_finding finding_new(enum tdb_rule rule, enum tdb_evidence ev, uint32_
 		.settled_by = TDB_SETTLE_COUNT,
 	};
 
-	f.victim.entry = f.writer.entry = NONE;
+	f.victim.entry = f.victim.clobbered_by = f.victim.victim = f.victim.finding = NONE;
+	f.writer = f.victim;
 	return f;
 }
 

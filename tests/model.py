@@ -355,11 +355,13 @@ class Model:
                 cpu.tss = find_base(self.tss, event.value)
             case Kind.LIDT:
                 cpu.idt = find_base(self.idts, event.value)
-            case Kind.SYSCALL | Kind.SYSENTER:
-                cpu.cs = cpu.ss = cpu.rip = None
+            case Kind.SYSCALL:
+                cpu.cs = cpu.ss = cpu.rip = cpu.rflags = None
+            case Kind.SYSENTER:
+                cpu.cs = cpu.ss = cpu.rip = cpu.rflags = cpu.rsp = None
             case Kind.SYSRET:
-                cpu.cs = cpu.ss = cpu.rip = None
-                self.close_observed(cpu, event, self.seen_at_cpl3(event.cpu))
+                cpu.cs = cpu.ss = cpu.rip = cpu.rflags = None
+                self.close_observed(cpu, event, self.seen_at_cpl3(event.cpu), unblocks=False)
             case Kind.RAISE:
                 if event.arg == x86.NMI and event.source == Source.NMI and cpu.nmi_blocked:
                     cpu.nmi_pending = True
@@ -449,11 +451,13 @@ class Model:
         self.stats.deliveries += 1
         # 2. What the interrupted context says
         self.observe(cpu, event)
-        # 3. Findings about the event itself
+        # 3. Findings about the event itself; their writer is the frame, where it can be placed
+        frame = self.place(cpu, event)
+        writer = self.unplaced(event) if frame is None else replace(frame)
         if event.arg == x86.NMI and event.source not in (None, Source.NMI):
-            self.fake(cpu, event, Rule.FAKE_NMI)
+            self.fake(cpu, event, Rule.FAKE_NMI, writer)
         if event.arg == x86.MACHINE_CHECK and event.source not in (None, Source.MC):
-            self.fake(cpu, event, Rule.FAKE_MCE)
+            self.fake(cpu, event, Rule.FAKE_MCE, writer)
         if event.arg == x86.DOUBLE_FAULT and event.source == Source.EXCEPTION:
             self.raise_finding(
                 Rule.DOUBLE_FAULT,
@@ -461,7 +465,7 @@ class Model:
                 event,
                 cause_event=cpu.failed,
                 cause_frame=cpu.failed_before,
-                writer=self.unplaced(event),
+                writer=writer,
             )
         cpu.failed = cpu.failed_before = None
         if (
@@ -473,7 +477,6 @@ class Model:
         if event.source == Source.NMI and cpu.nmi_blocked and self.returns_recorded:
             self.raise_finding(Rule.MODEL_MISMATCH, Evidence.COMPUTED, event, detail=int(Mismatch.NMI_BLOCKED))
         # 4. Place
-        frame = self.place(cpu, event)
         if frame is None:
             self.stats.unjudged += 1
             self.registers_unknown(cpu)
@@ -481,14 +484,14 @@ class Model:
             return
         self.stats.judged += 1
         self.stats.ist_deliveries[frame.ist] += 1
-        from_cpl3 = event.cs is not None and x86.cpl(event.cs) == 3
+        outer = event.cs is not None and x86.cpl(event.cs) != 0
         # 5. User stack
-        if frame.ist == 0 and not from_cpl3:
+        if frame.ist == 0 and not outer:
             self.user_stack(cpu, event, frame)
         # 6. Overwrite
         if frame.ist:
             self.overwrite(cpu, event, frame)
-        elif from_cpl3:
+        elif outer:
             for other in list(self.frames):
                 if (
                     other.stack == frame.stack
@@ -528,11 +531,11 @@ class Model:
         if event.source == Source.MC:
             cpu.mcip = True
 
-    def fake(self, cpu: ModelCpu, event: ModelEvent, rule: Rule) -> None:
+    def fake(self, cpu: ModelCpu, event: ModelEvent, rule: Rule, writer: ModelFrame) -> None:
         assert event.source is not None
         known = cpu.fakes.get((rule, event.source))
         if known is None:
-            finding = self.raise_finding(rule, Evidence.RECORDED, event, writer=self.unplaced(event))
+            finding = self.raise_finding(rule, Evidence.RECORDED, event, writer=writer)
             cpu.fakes[rule, event.source] = finding.number
         else:
             self.findings[known].count += 1
@@ -560,7 +563,7 @@ class Model:
             base = None if cpu.tss is None else self.tss[cpu.tss].ist[gate.ist]
         elif event.cs is None:
             base = None
-        elif x86.cpl(event.cs) == 3:
+        elif x86.cpl(event.cs) != 0:
             base = None if cpu.tss is None else self.tss[cpu.tss].rsp[0]
         else:
             base = event.rsp
@@ -750,7 +753,9 @@ class Model:
                         d[frame.entry] = Settle.IF
         self.close_observed(cpu, event, {**d, **c, **b, **a})
 
-    def close_observed(self, cpu: ModelCpu, event: ModelEvent, reasons: dict[int, Settle]) -> None:
+    def close_observed(
+        self, cpu: ModelCpu, event: ModelEvent, reasons: dict[int, Settle], *, unblocks: bool = True
+    ) -> None:
         for frame in list(self.frames):
             why = reasons.get(frame.entry)
             if why is None:
@@ -758,7 +763,7 @@ class Model:
             if frame.status == FrameStatus.CLOBBERED:
                 self.settle(frame, Rule.FRAME_RELOCATED, Evidence.INFERRED, event.index, why)
             self.close(frame, why)
-            if not self.returns_recorded and cpu.nmi_blocked:
+            if unblocks and not self.returns_recorded and cpu.nmi_blocked and frame.cpu == event.cpu:
                 cpu.nmi_blocked = False
                 cpu.nmi_unblocked_by, cpu.nmi_unblock_frame = event.index, frame.entry
 
@@ -804,7 +809,8 @@ class Model:
         differ = [slot for slot in SLOT_BITS if differs(slot, getattr(frame.saved, slot), getattr(popped, slot))]
         foreign = [slot for slot in differ if self.is_foreign(frame, slot, getattr(popped, slot))]
         if not differ:
-            if frame.status == FrameStatus.CLOBBERED:
+            told = None not in (popped.rip, popped.rsp, frame.saved.rip, frame.saved.rsp)
+            if frame.status == FrameStatus.CLOBBERED and told:
                 self.settle(frame, Rule.FRAME_RELOCATED, Evidence.RECORDED, event.index, Settle.RETURN)
         elif foreign:
             entry = self.memory[frame.slot_addr(foreign[0])][1]
@@ -827,7 +833,8 @@ class Model:
             finding.consumer, finding.popped = event.index, popped
             rip, rsp = popped.rip, popped.rsp
             if (
-                rip is not None
+                ("rip" in differ or "rsp" in differ)
+                and rip is not None
                 and rsp is not None
                 and (rip, rsp) == (writer.saved.rip, writer.saved.rsp)
                 and frame.cpu == writer.cpu == event.cpu

@@ -244,6 +244,10 @@ def test_resizing_keeps_the_place() -> None:
             await settle(screen.app, screen.pilot)
             assert screen.app.selected == 3
         assert "✗ was 0xe010" in screen.text()
+        await screen.press("question_mark")
+        await screen.pilot.resize_terminal(80, 24)
+        await screen.press("escape")
+        assert screen.text().splitlines()[1].count("Stacks") == 0  # narrow: the panes stand on each other
 
     drive(race(), script)
 

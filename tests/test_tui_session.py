@@ -144,6 +144,7 @@ def test_an_error_of_the_replay_is_posted() -> None:
     session.start()
     session.join(10)
     assert isinstance(posted[-1], Failed) and isinstance(posted[-1].error, ZeroDivisionError)
+    session.wish(Seek(1, 0))  # nobody is there to answer, and nobody may wait for it
     assert session.idle.is_set()
 
 

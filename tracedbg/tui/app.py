@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,16 +13,16 @@ from textual.binding import Binding, BindingType
 from textual.containers import Container
 from textual.widgets import Footer, Input, Static
 
-from tracedbg import rules
 from tracedbg.describe import Words
 from tracedbg.errors import TracedbgError, UsageError
-from tracedbg.state import Event, Finding, Kind, Known
+from tracedbg.state import Event, Kind, Known
 from tracedbg.text import clean, clean_path
 from tracedbg.trace import Trace
 from tracedbg.tui.details import Details
 from tracedbg.tui.event_list import EventList
 from tracedbg.tui.facts import event_lines, state_lines
 from tracedbg.tui.finding_list import FindingList
+from tracedbg.tui.found import Findings
 from tracedbg.tui.goto import HELP, parse_goto
 from tracedbg.tui.help import HelpScreen
 from tracedbg.tui.lines import MOVE, LineList
@@ -80,17 +79,13 @@ class TraceApp(App[int]):
         super().__init__(**kwargs)
         self.trace = trace
         self.words = words
-        self.findings: list[Finding] = []
+        self.findings = Findings()
         self.selected = max(0, min((start or 1) - 1, trace.count - 1))
         self.view: View | None = None
         self.session = Session(open_replay or self._open_replay, trace.events, self._post)
         self._moved = start is not None  # the user chose a place: do not jump to the first finding
         self._scanned = 0
         self._done = False
-        self._levels: list[str] = []  # severity of each finding
-        self._marks: dict[int, str] = {}  # gravest severity of each event with findings
-        self._tally = ""
-        self._by_event: list[int] = []  # event of each finding, in the order raised, which rises
         self._finding: int | None = None  # number of the finding that the details tell about
         self._last: int | None = None  # the one before stepping away: its events stay marked
         self._back: list[int] = []
@@ -121,7 +116,7 @@ class TraceApp(App[int]):
         self.register_theme(DARK)
         self.theme = DARK.name
         self.animation_level = "none"
-        self.query_one("#findings", FindingList).set_findings(self.findings, False)
+        self.query_one("#findings", FindingList).set_findings(self.findings.items, False)
         self.query_one("#events").focus()
         self.session.start()
         self._place(self.selected, center=True)
@@ -130,7 +125,7 @@ class TraceApp(App[int]):
         self.session.stop()
 
     def on_resize(self, event: events.Resize) -> None:
-        self.screen.set_class(event.size.width < NARROW, "narrow")
+        self.screen_stack[0].set_class(event.size.width < NARROW, "narrow")  # also while the help lies on it
         self.call_after_refresh(self._paint)
 
     # -- moving --------------------------------------------------------------------------------------------------------
@@ -146,8 +141,8 @@ class TraceApp(App[int]):
 
     def _place(self, index: int, *, center: bool) -> None:
         self.selected = max(0, min(index, self.trace.count - 1))
-        if self._finding is None or self.findings[self._finding].event != self.selected:
-            self._finding = self._finding_at(self.selected)
+        if self._finding is None or self.findings.items[self._finding].event != self.selected:
+            self._finding = self.findings.at(self.selected)
         self.query_one("#events", EventList).set_cursor(self.selected, center=center)
         if self._finding is not None:
             self._last = self._finding
@@ -176,11 +171,6 @@ class TraceApp(App[int]):
             return event.cpu
         return self.view.cpu if self.view is not None else 0
 
-    def _finding_at(self, index: int) -> int | None:
-        """The first of the gravest findings raised by an event."""
-        numbers = range(bisect_left(self._by_event, index), bisect_right(self._by_event, index))
-        return max(numbers, key=lambda n: (rules.rank(self._levels[n]), -n), default=None)
-
     # -- the session's reports -----------------------------------------------------------------------------------------
 
     @on(Reported)
@@ -204,39 +194,22 @@ class TraceApp(App[int]):
     def _progressed(self, progress: Progress) -> None:
         self._scanned, self._done = progress.scanned, progress.done
         if progress.findings or progress.done:
-            self._take(progress)
+            self.findings.take(progress.first, progress.findings)
+            self.query_one("#events", EventList).set_marks(self.findings.marks)
+            self.query_one("#findings", FindingList).set_findings(self.findings.items, self._done)
         if not self._moved:
             self._open_at_finding()
         elif self._finding is None and progress.findings:
-            self._finding = self._finding_at(self.selected)
+            self._finding = self.findings.at(self.selected)
         self._paint()
-
-    def _take(self, progress: Progress) -> None:
-        """Keep new findings, and at the end all of them with their final word. Cheap per report, as there may be many."""
-        first = progress.first
-        levels = [rules.finding_severity(f) for f in progress.findings]
-        self.findings[first:] = progress.findings
-        self._levels[first:] = levels
-        self._by_event[first:] = [f.event for f in progress.findings]
-        if first == 0:
-            self._marks.clear()
-        for finding, level in zip(progress.findings, levels, strict=True):
-            self._marks[finding.event] = max(self._marks.get(finding.event, level), level, key=rules.rank)
-        self._tally = "  ".join(
-            f"{GLYPHS[level]} {count:,} {level}{'' if count == 1 else 's'}"
-            for level in reversed(rules.SEVERITIES)
-            if (count := self._levels.count(level))
-        )
-        self.query_one("#events", EventList).set_marks(self._marks)
-        self.query_one("#findings", FindingList).set_findings(self.findings, self._done)
 
     def _open_at_finding(self) -> None:
         """Start where it hurts: at the first error, or when all is known at the first of what is gravest."""
-        gravest = max(self._levels, key=rules.rank, default=None) if self._done else "error"
-        if gravest in self._levels:
+        number = self.findings.gravest() if self._done else self.findings.first("error")
+        if number is not None:
             self._moved = True
-            self._finding = self._levels.index(gravest)
-            self._place(self.findings[self._finding].event, center=True)
+            self._finding = number
+            self._place(self.findings.items[number].event, center=True)
 
     def _found(self, found: Found) -> None:
         wish = found.wish
@@ -266,7 +239,7 @@ class TraceApp(App[int]):
         self._paint_header()
         self._paint_status()
         self._paint_details()
-        self.query_one("#events", EventList).set_roles(self._roles())
+        self.query_one("#events", EventList).set_roles(self.findings.roles(self._last))
 
     def _paint_header(self) -> None:
         count, cpus = self.trace.count, self.trace.cpus
@@ -276,7 +249,7 @@ class TraceApp(App[int]):
         scan = "" if self._done else f"  scanning {self._scanned * 100 // max(count, 1)}%"
         text.append(f"  {cpus} CPU{'' if cpus == 1 else 's'}  {at}{scan}", "not bold")
         if self.findings or self._done:
-            text.append(f"  {self._tally or 'no findings'}", "not bold")
+            text.append(f"  {self.findings.tally or 'no findings'}", "not bold")
         self.query_one("#header", Static).update(text, layout=False)
 
     def _paint_status(self) -> None:
@@ -284,22 +257,22 @@ class TraceApp(App[int]):
         if self._message:
             text.append(f" {self._message}", "bold")
         elif self._finding is not None:
-            finding = self.findings[self._finding]
-            mark = GLYPHS[self._levels[self._finding]]
+            finding = self.findings.items[self._finding]
+            mark = GLYPHS[self.findings.levels[self._finding]]
             text.append(f" {mark} finding {self._finding + 1} of {len(self.findings)}: ", "bold")
             text.append(self.words.finding_message(finding))
         elif not self.trace.count:
             text.append(" The trace has no events.")
-        elif self.selected in (roles := self._roles()) and self._last is not None:
+        elif self.selected in (roles := self.findings.roles(self._last)) and self._last is not None:
             text.append(f" [{roles[self.selected]}] in finding {self._last + 1}: ", "bold")
-            text.append(self.words.finding_message(self.findings[self._last]))
+            text.append(self.words.finding_message(self.findings.items[self._last]))
         self.query_one("#status", Static).update(text, layout=False)
 
     def _paint_details(self) -> None:
         lines: list[str] = []
         title = "Details"
         if self._finding is not None and self._finding < len(self.findings):
-            finding = self.findings[self._finding]
+            finding = self.findings.items[self._finding]
             title = f"Finding {self._finding + 1} of {len(self.findings)}"
             width = self.query_one("#details", Details).text_width
             lines += [*self.words.finding_text(finding, width=max(width, MIN_TEXT)), ""]
@@ -310,19 +283,6 @@ class TraceApp(App[int]):
         if self.view is not None and self.view.state.position == self.selected + 1:
             lines += state_lines(self.view, self.words)
         self.query_one("#details", Details).show_lines(title, lines)
-
-    def _roles(self) -> dict[int, str]:
-        """The parts that events have in the last finding in hand."""
-        if self._last is None or self._last >= len(self.findings):
-            return {}
-        finding = self.findings[self._last]
-        parts = (
-            (finding.consumer, "pops"),
-            (finding.cause_event, "cause"),
-            (finding.victim.entry if finding.victim is not None else None, "victim"),
-            (finding.writer.entry if finding.writer is not None else None, "overwrites"),
-        )
-        return {event: part for event, part in parts if event is not None}
 
     # -- messages of the panes -----------------------------------------------------------------------------------------
 
@@ -338,7 +298,7 @@ class TraceApp(App[int]):
     @on(LineList.Chosen)
     def _line_chosen(self, message: LineList.Chosen) -> None:
         if isinstance(message.lines, FindingList):
-            self.go_to(self.findings[message.index].event, finding=message.index)
+            self.go_to(self.findings.items[message.index].event, finding=message.index)
         elif isinstance(message.lines, StackView):
             writer = message.lines.writer(message.index)
             if writer is None:
@@ -355,14 +315,12 @@ class TraceApp(App[int]):
         if not self.findings:
             self._say("no findings" if self._done else "no findings so far")
             return
-        if self._finding is not None and self.findings[self._finding].event == self.selected:
-            number = self._finding + direction
-        elif direction > 0:
-            number = bisect_right(self._by_event, self.selected)
+        if self._finding is not None and self.findings.items[self._finding].event == self.selected:
+            number = self.findings.valid(self._finding + direction)  # several may belong to one event
         else:
-            number = bisect_left(self._by_event, self.selected) - 1
-        if 0 <= number < len(self.findings):
-            self.go_to(self.findings[number].event, finding=number)
+            number = self.findings.beyond(self.selected, direction)
+        if number is not None:
+            self.go_to(self.findings.items[number].event, finding=number)
         else:
             self._say(f"no {'further' if direction > 0 else 'earlier'} finding{'' if self._done else ' so far'}")
 
@@ -429,7 +387,7 @@ class TraceApp(App[int]):
         if not message.value.strip():
             return
         try:
-            target = parse_goto(message.value, self.trace.count, self.findings)
+            target = parse_goto(message.value, self.trace.count, self.findings.items)
         except UsageError as error:
             self._say(str(error))
             return

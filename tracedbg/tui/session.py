@@ -152,6 +152,7 @@ class Session(threading.Thread):
         self._changed = threading.Condition()
         self._wish: Wish | None = None
         self._stopping = False
+        self._ended = False
         self._scan_pace = Pace()
         self._seek_pace = Pace()
         self._findings: list[Finding] = []
@@ -164,9 +165,10 @@ class Session(threading.Thread):
     def wish(self, wish: Wish) -> None:
         """Ask for something; forgets what was asked before."""
         with self._changed:
-            self.idle.clear()
-            self._wish = wish
-            self._changed.notify()
+            if not self._ended:
+                self.idle.clear()
+                self._wish = wish
+                self._changed.notify()
 
     def stop(self) -> None:
         """End the thread and wait until the Replay is closed."""
@@ -185,7 +187,9 @@ class Session(threading.Thread):
         except Exception as error:  # whatever it was, the thread that has a screen must tell it
             self._post(Failed(error))
         finally:
-            self.idle.set()
+            with self._changed:
+                self._ended = True
+                self.idle.set()
 
     def _loop(self, replay: ReplayLike) -> None:
         while True:

@@ -28,7 +28,8 @@ TIMEOUT = 60.0  # seconds that a scan or a seek may take
 async def settle(app: TraceApp, pilot: Pilot[int]) -> None:
     """Wait until the session has answered everything and the screen shows it."""
     while True:
-        await asyncio.wait_for(asyncio.to_thread(app.session.idle.wait), TIMEOUT)
+        if not await asyncio.to_thread(app.session.idle.wait, TIMEOUT):
+            raise TimeoutError("the replay does not come to rest")
         await pilot.pause()
         if app.session.idle.is_set():  # else the answer was the reason for another wish
             return

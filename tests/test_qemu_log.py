@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dumpjson import layout_of_dump
 
 from tracedbg.errors import FormatError, UsageError
 from tracedbg.formats import ReaderOptions, convert_input, open_input, open_inputs, qemu_text
-from tracedbg.layout import REGION_STORES, REGION_USER, Fidelity, from_toml
+from tracedbg.layout import REGION_STORES, REGION_USER, CpuTables, Fidelity, from_toml
 from tracedbg.state import Event, EventFlag, Kind, Known, Source
 from tracedbg.trace import Trace, TraceWriter
 
@@ -651,3 +652,14 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 
     assert once() == once()
     assert str(DATA).encode() not in once()
+
+
+def test_a_given_layout_numbers_the_cpus() -> None:
+    """The CPU of a log is the one whose TSS the layout gives it, not the first that the log shows."""
+    layout = layout_of_dump(DATA / "linux-nested/smp1-nest_nmi_masked.dump.json.gz")
+    tss = layout.tss[0]
+    two = replace(layout, tss=(replace(tss, base=0x1000), tss), cpus=(CpuTables(0, 0), CpuTables(1, 0)), regions=())
+    path = DATA / "linux-nested/smp1-nest_nmi_masked.log.gz"
+    with open_input(str(path), options=ReaderOptions(layout=two)) as trace:
+        delivered = [e for e in map(trace.event, range(trace.count)) if e.kind is Kind.DELIVER]
+        assert {e.cpu for e in delivered} == {1} and trace.cpus == 2

@@ -752,7 +752,7 @@ class Words:
             for number, step in enumerate(chain, 1):
                 lines += wrap(f"{self.event_name(step.event)}: {step.text}", f"  {number}. ", width)
         outcome = self.outcome(finding, at)
-        if outcome:
+        if outcome and (len(chain) < 2 or chain[-1].text != outcome):
             lines += ["", *wrap(outcome, "  ", width)]
         lines.append("")
         lines += wrap(self.evidence_text(finding, at), "  evidence: ", width)
@@ -774,7 +774,10 @@ class Words:
             mark = "  *" if row.differs else ""
             lines.append(f"    {row.addr:016x}  {row.slot:<10}  {_number(row.own):<18}  {now:<16}{mark}".rstrip())
             names = (self.symbol(row.own), self.symbol(row.now)) if row.slot == "rip" else (None, None)
-            if any(names):
+            if len(names[0] or "") > 18:
+                pairs = zip(("own", "now"), names, strict=True)
+                lines += [f"    {'':<16}  {'':<10}  {when}: {name}" for when, name in pairs if name]
+            elif any(names):
                 lines.append(f"    {'':<16}  {'':<10}  {names[0] or '':<18}  {names[1] or '':<16}".rstrip())
         return lines
 

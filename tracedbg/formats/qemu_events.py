@@ -95,6 +95,9 @@ class Events:
         self.held: list[Item] = []
         self.held_attempts = 0
         self.plugin = False
+        for number, cpu in enumerate(given.cpus):
+            if cpu.tss is not None and given.tss[cpu.tss].base:
+                self.cpu_of_tr.setdefault(given.tss[cpu.tss].base, number)
         for snapshot in snapshots:
             for number, block in sorted(snapshot.cpus.items()):
                 if block.tr:

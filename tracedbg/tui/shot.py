@@ -52,6 +52,8 @@ def _tidy(svg: str) -> str:
     found = re.search(r"terminal-\d+", svg)
     if found is not None:
         svg = svg.replace(found[0], "terminal-tracedbg")
+    # The fonts would come from elsewhere; every viewer has a monospace one.
+    svg = re.sub(r"\s*@font-face \{[^}]*\}", "", svg)
     # Some viewers drop the blanks at the beginning of a text, though they are no-break spaces: begin further right instead.
     return _BLANKS.sub(_shift, svg)
 

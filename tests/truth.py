@@ -124,7 +124,7 @@ def outer_frames(serial: str) -> tuple[Words, Words] | None:
 
 def stack_tops(serial: str) -> dict[str, int]:
     """Tops of the IST stacks of CPU 0 ("nmi") and CPU 1 ("nmi1")."""
-    tops = {}
+    tops: dict[str, int] = {}
     for line in serial.splitlines():
         if line.startswith("LAYOUT cpu"):
             suffix = "" if line.startswith("LAYOUT cpu0") else "1"

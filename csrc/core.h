@@ -20,6 +20,7 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire format is li
 #define VECTOR_DF 8
 #define VECTOR_MC 18
 #define FRAMES_PER_STACK 64
+#define WATCHED_PER_CPU 256          /* open frames of a CPU on IST or per-CPU stacks */
 #define CHAIN_LIMIT 64
 #define WRITE_LIMIT 4096             /* bytes of one write event */
 #define SOURCES 9
@@ -45,7 +46,7 @@ struct inputs {
 	uint32_t fidelity;
 	uint32_t tss_count, idt_count;
 	uint32_t stack_count;            /* named stacks, sorted by hi */
-	uint32_t user_count;
+	uint32_t user_count;             /* sorted, disjoint */
 	struct tdb_stack *stack;
 	uint64_t *stack_top;             /* hi of each, for the binary search */
 	struct tdb_region *user;
@@ -72,9 +73,11 @@ struct memory {
 	struct page **slot;              /* open addressing by page index */
 	uint32_t capacity, count, limit;
 	uint64_t forgotten;
+	uint64_t seed;                   /* of the hash; where a page stands shows nowhere */
+	uint64_t *bytes;                 /* of all pages of the replay */
 };
 
-int memory_init(struct memory *mem, uint32_t limit);
+int memory_init(struct memory *mem, uint32_t limit, uint64_t seed, uint64_t *bytes);
 void memory_deinit(struct memory *mem);
 int memory_copy(struct memory *to, const struct memory *from);
 void memory_clear(struct memory *mem);
@@ -97,11 +100,9 @@ struct node {
 	struct tdb_frame f;
 	uint64_t key;                    /* stack of hi */
 	uint64_t saved_key;              /* stack of the saved RSP, if that is known */
-	struct link stack, age, watch;   /* newest first: `next` is older */
+	struct link stack, age, watch, mine;  /* newest first: `next` is older; mine: all of its CPU */
 	uint32_t mark;                   /* the delivery whose chain it was found on */
 	uint8_t watched;                 /* in its CPU's watch list: on an IST or a per-CPU stack */
-	uint8_t per_cpu;
-	uint8_t used;
 };
 
 struct list { uint32_t head, tail, count; };  /* head: newest */
@@ -114,6 +115,7 @@ struct frames {
 	struct list age;
 	struct list *named;              /* by named stack */
 	struct anon *anon;               /* open addressing by key; list.count 0: empty slot */
+	uint64_t seed;
 	uint32_t anon_capacity, anon_count;
 };
 
@@ -131,6 +133,7 @@ struct cpu {
 	uint32_t fake[2][SOURCES];       /* findings fake-nmi, fake-mce by source */
 	uint64_t loop_rsp, loop_rip, loop_sp;
 	uint32_t loop_finding;
+	uint32_t mismatch[2];            /* findings model-mismatch at deliveries: IF clear, NMIs blocked */
 	uint32_t placed;                 /* the last event of this CPU was a placed delivery: its index, else NONE */
 	struct tdb_gate placed_gate;
 };
@@ -141,7 +144,7 @@ struct machine {
 	uint64_t position;
 	uint32_t finding_count;          /* raised so far */
 	struct cpu *cpu;
-	struct list *watch;              /* by CPU */
+	struct list *watch, *mine;       /* by CPU: frames on IST or per-CPU stacks, all frames */
 	struct tdb_tss *tss;
 	struct gates **idt;
 	struct memory mem;
@@ -156,7 +159,7 @@ struct findings {
 	int status;                      /* TDB_E_NOMEM after a failed allocation */
 };
 
-int machine_init(struct machine *m, const struct inputs *in, const struct tdb_layout *layout);
+int machine_init(struct machine *m, const struct inputs *in, const struct tdb_layout *layout, uint64_t *bytes);
 void machine_deinit(struct machine *m);
 /* Apply the event at m->position and go on by one. */
 int machine_apply(struct machine *m);
@@ -194,7 +197,7 @@ struct request {
 	struct tdb_context at;           /* the interrupted context; known bits as in the event */
 	uint32_t event;
 	uint16_t cpu;
-	uint8_t vector, source, length;  /* length: of the instruction, soft-int */
+	uint8_t vector, source;
 	bool vector_known;
 };
 
@@ -212,7 +215,7 @@ int resume_apply(struct machine *m, const struct tdb_event *e, uint32_t index);
 
 /* What an interrupted context shows about open frames (observe.c). */
 void observe(struct machine *m, struct cpu *c, uint16_t cpu, const struct tdb_context *at, uint32_t event);
-void observe_cpl3(struct machine *m, uint16_t cpu, uint32_t event);
+void observe_outer(struct machine *m, uint16_t cpu, uint32_t event);
 
 /* Findings (verdict.c). */
 void verdict_overwrite(struct machine *m, const struct request *rq, struct placement *p, const struct tdb_cpu *before);
@@ -222,6 +225,14 @@ void finding_settle(struct machine *m, uint32_t number, enum tdb_rule rule, enum
 		    enum tdb_settle by);
 void finding_consumed(struct machine *m, uint32_t number, uint32_t event, const struct tdb_context *popped);
 void finding_count_again(struct machine *m, uint32_t number);
+
+/* A hash that a trace cannot choose collisions for. */
+static inline uint32_t mix(uint64_t key, uint64_t seed)
+{
+	key = (key ^ seed) * 0x9e3779b97f4a7c15ull;
+	key = (key ^ key >> 32) * 0xd6e8feb86659fd93ull;
+	return (uint32_t)(key >> 32);
+}
 
 static inline bool ctx_knows(const struct tdb_context *c, uint32_t bits) { return (c->known & bits) == bits; }
 /* SDM Vol. 1 3.3.7.1, with the 57 bits of 5-level paging: a trace need not tell which paging is on. */
@@ -242,12 +253,14 @@ struct snapshot;
 struct snapshots {
 	struct snapshot **item;
 	uint32_t count, capacity, limit, interval;
+	uint64_t own_bytes;              /* of the snapshots without their pages */
+	uint64_t max_bytes;
 };
 
-int snapshots_init(struct snapshots *s, uint32_t interval, uint32_t limit);
+int snapshots_init(struct snapshots *s, const struct tdb_config *cfg);
 void snapshots_deinit(struct snapshots *s);
-/* Take one if the machine stands at a multiple of the interval and beyond the last one. */
-int snapshots_take(struct snapshots *s, const struct machine *m);
+/* Take one if the machine stands at a multiple of the interval and beyond the last one, and there is room for it. */
+void snapshots_take(struct snapshots *s, const struct machine *m);
 /* Bring a machine to the newest snapshot at or before position; false: there is none better than where it stands. */
 int snapshots_restore(const struct snapshots *s, struct machine *m, uint64_t position);
 
@@ -256,6 +269,7 @@ struct tdb_replay {
 	struct machine scan, view;
 	struct findings findings;
 	struct snapshots snapshots;
+	uint64_t page_bytes;
 	int broken;                      /* a status that ends all work: TDB_E_NOMEM */
 };
 

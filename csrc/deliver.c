@@ -65,10 +65,13 @@ bool deliver_place(const struct machine *m, const struct request *rq, struct pla
 {
 	const struct cpu *c = &m->cpu[rq->cpu];
 	const struct tdb_gate *gate;
-	bool code = rq->source == TDB_SRC_EXCEPTION && has_error_code(rq->vector);
+	bool maybe = rq->source == TDB_SRC_UNKNOWN && has_error_code(rq->vector);
+	bool code = (rq->source == TDB_SRC_EXCEPTION && has_error_code(rq->vector)) || maybe;
 	uint64_t base, top, size = code ? 48 : 40;
 
 	if (c->s.idt < 0 || !rq->vector_known)
+		return false;
+	if (maybe && !ctx_knows(&rq->at, TDB_K_CODE))      /* 40 or 48 bytes: every slot would be a guess */
 		return false;
 	gate = &m->idt[c->s.idt]->gate[rq->vector];
 	if ((gate->flags & (TDB_GATE_KNOWN | TDB_GATE_PRESENT)) != (TDB_GATE_KNOWN | TDB_GATE_PRESENT))
@@ -167,10 +170,23 @@ static void raise_fake(struct machine *m, struct cpu *c, const struct request *r
 	c->fake[which][rq->source] = finding_raise(m, &f);
 }
 
+/* What the delivery itself says against the rules; one finding per CPU and kind, then counted. */
+static void raise_mismatch(struct machine *m, struct cpu *c, const struct request *rq, uint8_t mismatch)
+{
+	uint32_t *number = &c->mismatch[mismatch == TDB_MM_NMI_BLOCKED];
+	struct tdb_finding f = finding_new(TDB_R_MODEL_MISMATCH, TDB_EV_COMPUTED, rq->event, rq->cpu);
+
+	if (*number != NONE) {
+		finding_count_again(m, *number);
+		return;
+	}
+	f.detail = mismatch;
+	*number = finding_raise(m, &f);
+}
+
 static void raise_simple(struct machine *m, struct cpu *c, const struct request *rq, const struct placement *p)
 {
 	struct tdb_finding f;
-	uint8_t mismatch = 0;
 
 	raise_fake(m, c, rq, p);
 	if (rq->vector_known && rq->vector == VECTOR_DF && rq->source == TDB_SRC_EXCEPTION) {
@@ -181,14 +197,25 @@ static void raise_simple(struct machine *m, struct cpu *c, const struct request 
 		finding_raise(m, &f);
 	}
 	if (is_maskable(rq->source) && ctx_knows(&rq->at, TDB_K_RFLAGS) && !(rq->at.rflags & 1u << 9))
-		mismatch |= TDB_MM_IF_CLEAR;
+		raise_mismatch(m, c, rq, TDB_MM_IF_CLEAR);
 	if (rq->source == TDB_SRC_NMI && m->in->fidelity & TDB_FID_RETURNS && c->s.known & TDB_CK_NMI && c->s.nmi_blocked)
-		mismatch |= TDB_MM_NMI_BLOCKED;
-	if (mismatch) {
-		f = finding_new(TDB_R_MODEL_MISMATCH, TDB_EV_COMPUTED, rq->event, rq->cpu);
-		f.detail = mismatch;
-		finding_raise(m, &f);
+		raise_mismatch(m, c, rq, TDB_MM_NMI_BLOCKED);
+}
+
+/* Whether [lo, hi) holds user memory; the ranges are sorted and disjoint. */
+static bool in_user_memory(const struct inputs *in, uint64_t lo, uint64_t hi)
+{
+	uint32_t a = 0, b = in->user_count;
+
+	while (a < b) {                  /* the first range that ends above lo */
+		uint32_t mid = (a + b) / 2;
+
+		if (in->user[mid].hi > lo)
+			b = mid;
+		else
+			a = mid + 1;
 	}
+	return a < in->user_count && in->user[a].lo < hi;
 }
 
 static void raise_user_stack(struct machine *m, struct cpu *c, const struct request *rq, const struct placement *p)
@@ -198,9 +225,8 @@ static void raise_user_stack(struct machine *m, struct cpu *c, const struct requ
 
 	if (p->switched)
 		return;
-	for (uint32_t i = 0; i < m->in->user_count; i++)
-		if (p->frame.lo < m->in->user[i].hi && m->in->user[i].lo < p->frame.hi)
-			ev = TDB_EV_COMPUTED;
+	if (in_user_memory(m->in, p->frame.lo, p->frame.hi))
+		ev = TDB_EV_COMPUTED;
 	if (!m->in->user_count && c->s.known & TDB_CK_USER_RSP && !stack_named(stack_key(m->in, p->frame.hi))) {
 		uint64_t a = rq->at.rsp, b = c->s.user_rsp;
 

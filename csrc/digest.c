@@ -84,7 +84,10 @@ int tdb_digest(const tdb_replay *r, uint64_t *ret)
 	word = malloc(((size_t)words + 1) * sizeof(*word));
 	if (!word)
 		return TDB_E_NOMEM;
-	tdb_get_words(r, 0, UINT64_MAX, word, (uint64_t)words);
+	if (tdb_get_words(r, 0, UINT64_MAX, word, (uint64_t)words) < 0) {
+		free(word);
+		return TDB_E_NOMEM;
+	}
 	for (uint32_t i = 0; i < r->in.cpus; i++)
 		add_cpu(&h, &m->cpu[i].s);
 	for (uint32_t id = m->frames.age.tail; id != NONE; id = m->frames.node[id].age.prev)

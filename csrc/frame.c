@@ -35,17 +35,13 @@ static void field##_remove(struct frames *fr, struct list *l, uint32_t id) \
 DEFINE_LIST(stack)
 DEFINE_LIST(age)
 DEFINE_LIST(watch)
+DEFINE_LIST(mine)
 
 /* -- lists of the stacks without a name --------------------------------------------------------------------------- */
 
-static uint32_t hash_key(uint64_t key)
+static struct anon *find_anon(struct anon *anon, uint32_t capacity, uint64_t key, uint64_t seed)
 {
-	return (uint32_t)((key * 0x9e3779b97f4a7c15ull) >> 32);
-}
-
-static struct anon *find_anon(struct anon *anon, uint32_t capacity, uint64_t key)
-{
-	uint32_t at = hash_key(key) & (capacity - 1);
+	uint32_t at = mix(key, seed) & (capacity - 1);
 
 	while (anon[at].list.count && anon[at].key != key)
 		at = (at + 1) & (capacity - 1);
@@ -61,7 +57,7 @@ static int grow_anon(struct frames *fr)
 		return TDB_E_NOMEM;
 	for (uint32_t i = 0; i < fr->anon_capacity; i++)
 		if (fr->anon[i].list.count)
-			*find_anon(anon, capacity, fr->anon[i].key) = fr->anon[i];
+			*find_anon(anon, capacity, fr->anon[i].key, fr->seed) = fr->anon[i];
 	free(fr->anon);
 	fr->anon = anon;
 	fr->anon_capacity = capacity;
@@ -80,7 +76,7 @@ static void remove_anon(struct frames *fr, struct anon *hole)
 		j = (j + 1) & mask;
 		if (!fr->anon[j].list.count)
 			break;
-		home = hash_key(fr->anon[j].key) & mask;
+		home = mix(fr->anon[j].key, fr->seed) & mask;
 		if (((j - home) & mask) >= ((j - i) & mask)) {
 			fr->anon[i] = fr->anon[j];
 			i = j;
@@ -95,7 +91,7 @@ struct list *frames_on(const struct frames *fr, uint64_t key)
 
 	if (stack_named(key))
 		return &fr->named[key];
-	anon = find_anon(fr->anon, fr->anon_capacity, key);
+	anon = find_anon(fr->anon, fr->anon_capacity, key, fr->seed);
 	return anon->list.count ? &anon->list : (struct list *)&empty_list;
 }
 
@@ -104,7 +100,7 @@ struct list *frames_on(const struct frames *fr, uint64_t key)
 int frames_init(struct frames *fr, const struct inputs *in)
 {
 	*fr = (struct frames){ .free = NONE, .limit = in->cfg.max_frames, .age = empty_list,
-			       .capacity = 64, .anon_capacity = 64 };
+			       .capacity = 64, .anon_capacity = 64, .seed = (uintptr_t)in };
 	fr->node = calloc(fr->capacity, sizeof(*fr->node));
 	fr->anon = calloc(fr->anon_capacity, sizeof(*fr->anon));
 	fr->named = malloc((in->stack_count + 1) * sizeof(*fr->named));
@@ -139,7 +135,7 @@ void frames_reset(struct machine *m)
 	memset(fr->anon, 0, fr->anon_capacity * sizeof(*fr->anon));
 	fr->anon_count = 0;
 	for (uint32_t i = 0; i < m->in->cpus; i++)
-		m->watch[i] = empty_list;
+		m->watch[i] = m->mine[i] = empty_list;
 }
 
 static int take_node(struct frames *fr, uint32_t *ret)
@@ -168,12 +164,16 @@ int frame_open(struct machine *m, const struct tdb_frame *f)
 	struct list *list = frames_on(fr, key);
 	struct node *n;
 	uint32_t id;
+	bool watched;
 	int status;
 
 	if (list->count >= FRAMES_PER_STACK)
 		frame_close(m, &fr->node[list->tail], TDB_SETTLE_DROPPED);
 	if (fr->count >= fr->limit)
 		frame_close(m, &fr->node[fr->age.tail], TDB_SETTLE_DROPPED);
+	watched = f->ist || stack_per_cpu(m->in, key);
+	if (watched && m->watch[f->cpu].count >= WATCHED_PER_CPU)
+		frame_close(m, &fr->node[m->watch[f->cpu].tail], TDB_SETTLE_DROPPED);
 	if (!stack_named(key) && (fr->anon_count + 1) * 2 > fr->anon_capacity) {
 		status = grow_anon(fr);
 		if (status)
@@ -185,7 +185,7 @@ int frame_open(struct machine *m, const struct tdb_frame *f)
 	if (stack_named(key)) {
 		list = &fr->named[key];
 	} else {
-		struct anon *anon = find_anon(fr->anon, fr->anon_capacity, key);
+		struct anon *anon = find_anon(fr->anon, fr->anon_capacity, key, fr->seed);
 
 		if (!anon->list.count) {
 			*anon = (struct anon){ key, empty_list };
@@ -197,12 +197,11 @@ int frame_open(struct machine *m, const struct tdb_frame *f)
 	n->f = *f;
 	n->key = key;
 	n->saved_key = saved_knows(f, TDB_K_RSP) ? stack_key(m->in, f->saved.rsp) : 0;
-	n->per_cpu = stack_per_cpu(m->in, key);
-	n->watched = f->ist || n->per_cpu;
-	n->used = 1;
+	n->watched = watched;
 	n->mark = NONE;
 	stack_push(fr, list, id);
 	age_push(fr, &fr->age, id);
+	mine_push(fr, &m->mine[f->cpu], id);
 	if (n->watched)
 		watch_push(fr, &m->watch[f->cpu], id);
 	fr->count++;
@@ -219,16 +218,16 @@ void frame_close(struct machine *m, struct node *n, enum tdb_settle why)
 	if (stack_named(n->key)) {
 		stack_remove(fr, &fr->named[n->key], id);
 	} else {
-		struct anon *anon = find_anon(fr->anon, fr->anon_capacity, n->key);
+		struct anon *anon = find_anon(fr->anon, fr->anon_capacity, n->key, fr->seed);
 
 		stack_remove(fr, &anon->list, id);
 		if (!anon->list.count)
 			remove_anon(fr, anon);
 	}
 	age_remove(fr, &fr->age, id);
+	mine_remove(fr, &m->mine[n->f.cpu], id);
 	if (n->watched)
 		watch_remove(fr, &m->watch[n->f.cpu], id);
-	n->used = 0;
 	n->age.next = fr->free;
 	fr->free = id;
 	fr->count--;

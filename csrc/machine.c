@@ -57,16 +57,17 @@ static int load_tables(struct machine *m, const struct tdb_layout *l)
 	return TDB_OK;
 }
 
-int machine_init(struct machine *m, const struct inputs *in, const struct tdb_layout *layout)
+int machine_init(struct machine *m, const struct inputs *in, const struct tdb_layout *layout, uint64_t *bytes)
 {
 	int status;
 
 	*m = (struct machine){ .in = in, .last_frame.entry = NONE };
 	m->cpu = calloc(in->cpus, sizeof(*m->cpu));
 	m->watch = calloc(in->cpus, sizeof(*m->watch));
+	m->mine = calloc(in->cpus, sizeof(*m->mine));
 	m->tss = calloc(in->tss_count + 1, sizeof(*m->tss));
 	m->idt = calloc(in->idt_count + 1, sizeof(*m->idt));
-	if (!m->cpu || !m->watch || !m->tss || !m->idt || memory_init(&m->mem, in->cfg.max_pages) ||
+	if (!m->cpu || !m->watch || !m->mine || !m->tss || !m->idt || memory_init(&m->mem, in->cfg.max_pages, (uintptr_t)in, bytes) ||
 	    frames_init(&m->frames, in)) {
 		machine_deinit(m);
 		return TDB_E_NOMEM;
@@ -75,7 +76,8 @@ int machine_init(struct machine *m, const struct inputs *in, const struct tdb_la
 		m->cpu[i].s.event = NONE;
 		cpu_reset(&m->cpu[i]);
 		memset(m->cpu[i].fake, 0xff, sizeof(m->cpu[i].fake));
-		m->watch[i] = (struct list){ NONE, NONE, 0 };
+		memset(m->cpu[i].mismatch, 0xff, sizeof(m->cpu[i].mismatch));
+		m->watch[i] = m->mine[i] = (struct list){ NONE, NONE, 0 };
 	}
 	status = load_tables(m, layout);
 	if (status)
@@ -89,12 +91,13 @@ void machine_deinit(struct machine *m)
 		gates_release(m->idt[i]);
 	free(m->cpu);
 	free(m->watch);
+	free(m->mine);
 	free(m->tss);
 	free(m->idt);
 	memory_deinit(&m->mem);
 	frames_deinit(&m->frames);
 	m->cpu = NULL;
-	m->watch = NULL;
+	m->watch = m->mine = NULL;
 	m->tss = NULL;
 	m->idt = NULL;
 }
@@ -247,12 +250,11 @@ static void drop_frames(struct machine *m, bool all, uint16_t cpu)
 {
 	uint32_t next;
 
-	for (uint32_t id = m->frames.age.head; id != NONE; id = next) {
+	for (uint32_t id = all ? m->frames.age.head : m->mine[cpu].head; id != NONE; id = next) {
 		struct node *n = frame_at(m, id);
 
-		next = n->age.next;
-		if (all || n->f.cpu == cpu)
-			frame_close(m, n, TDB_SETTLE_DROPPED);
+		next = all ? n->age.next : n->mine.next;
+		frame_close(m, n, TDB_SETTLE_DROPPED);
 	}
 }
 
@@ -280,7 +282,8 @@ static void apply_init(struct machine *m, struct cpu *c, const struct tdb_event 
 {
 	drop_frames(m, false, e->cpu);
 	cpu_reset(c);
-	c->s.known = TDB_CK_NMI | TDB_CK_MCIP;
+	if (e->known & TDB_K_ARG && e->arg == 0)           /* RESET; what INIT leaves of both is not told */
+		c->s.known = TDB_CK_NMI | TDB_CK_MCIP;
 }
 
 /* -- one event ------------------------------------------------------------------------------------------------------------ */
@@ -373,7 +376,7 @@ static int dispatch(struct machine *m, struct cpu *c, const struct tdb_event *e,
 		c->s.idt = find_idt(m, e);
 		break;
 	case TDB_SYSRET:
-		observe_cpl3(m, e->cpu, index);
+		observe_outer(m, e->cpu, index);
 		c->s.known &= ~(TDB_CK_CS | TDB_CK_SS | TDB_CK_RIP | TDB_CK_RFLAGS);
 		break;
 	case TDB_SYSENTER:                         /* R31: only SYSENTER loads RSP */
@@ -405,9 +408,11 @@ static int dispatch(struct machine *m, struct cpu *c, const struct tdb_event *e,
 	case TDB_GAP:
 		apply_gap(m, e, index);
 		break;
+	case TDB_RSM:                              /* it restores registers that no event tells */
+		c->s.known &= TDB_CK_NMI | TDB_CK_MCIP | TDB_CK_USER_RSP;
+		break;
 	case TDB_READ:
 	case TDB_SMI:
-	case TDB_RSM:
 	case TDB_CR:
 	case TDB_GS:
 	case TDB_SHADOW:

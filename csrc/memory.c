@@ -3,20 +3,18 @@
 
 #include "core.h"
 
-static uint32_t hash_page(uint64_t index)
-{
-	return (uint32_t)((index * 0x9e3779b97f4a7c15ull) >> 32);
-}
+#define SPLIT_BYTES (PAGE_WORDS * sizeof(uint32_t[8]))
 
-static void page_release(struct page *page)
+static void page_release(struct memory *mem, struct page *page)
 {
 	if (--page->refs)
 		return;
+	*mem->bytes -= sizeof(*page) + (page->split ? SPLIT_BYTES : 0);
 	free(page->split);
 	free(page);
 }
 
-static struct page *page_new(uint64_t index)
+static struct page *page_new(struct memory *mem, uint64_t index)
 {
 	struct page *page = calloc(1, sizeof(*page));
 
@@ -25,10 +23,11 @@ static struct page *page_new(uint64_t index)
 	page->refs = 1;
 	page->index = index;
 	memset(page->writer, 0xff, sizeof(page->writer));
+	*mem->bytes += sizeof(*page);
 	return page;
 }
 
-static struct page *page_clone(const struct page *from)
+static struct page *page_clone(struct memory *mem, const struct page *from)
 {
 	struct page *page = malloc(sizeof(*page));
 
@@ -37,19 +36,20 @@ static struct page *page_clone(const struct page *from)
 	*page = *from;
 	page->refs = 1;
 	if (from->split) {
-		page->split = malloc(PAGE_WORDS * sizeof(*page->split));
+		page->split = malloc(SPLIT_BYTES);
 		if (!page->split) {
 			free(page);
 			return NULL;
 		}
-		memcpy(page->split, from->split, PAGE_WORDS * sizeof(*page->split));
+		memcpy(page->split, from->split, SPLIT_BYTES);
 	}
+	*mem->bytes += sizeof(*page) + (page->split ? SPLIT_BYTES : 0);
 	return page;
 }
 
-int memory_init(struct memory *mem, uint32_t limit)
+int memory_init(struct memory *mem, uint32_t limit, uint64_t seed, uint64_t *bytes)
 {
-	*mem = (struct memory){ .capacity = 64, .limit = limit };
+	*mem = (struct memory){ .capacity = 64, .limit = limit, .seed = seed, .bytes = bytes };
 	mem->slot = calloc(mem->capacity, sizeof(*mem->slot));
 	return mem->slot ? TDB_OK : TDB_E_NOMEM;
 }
@@ -58,7 +58,7 @@ void memory_deinit(struct memory *mem)
 {
 	for (uint32_t i = 0; mem->slot && i < mem->capacity; i++)
 		if (mem->slot[i])
-			page_release(mem->slot[i]);
+			page_release(mem, mem->slot[i]);
 	free(mem->slot);
 	mem->slot = NULL;
 }
@@ -82,16 +82,25 @@ void memory_clear(struct memory *mem)
 {
 	for (uint32_t i = 0; mem->count && i < mem->capacity; i++) {
 		if (mem->slot[i]) {
-			page_release(mem->slot[i]);
+			page_release(mem, mem->slot[i]);
 			mem->slot[i] = NULL;
 			mem->count--;
 		}
 	}
+	if (mem->capacity > 1024) {      /* or the next gap would walk all of it again */
+		struct page **slot = calloc(64, sizeof(*slot));
+
+		if (slot) {
+			free(mem->slot);
+			mem->slot = slot;
+			mem->capacity = 64;
+		}
+	}
 }
 
-static struct page **find_slot(struct page **slot, uint32_t capacity, uint64_t index)
+static struct page **find_slot(struct page **slot, uint32_t capacity, uint64_t index, uint64_t seed)
 {
-	uint32_t at = hash_page(index) & (capacity - 1);
+	uint32_t at = mix(index, seed) & (capacity - 1);
 
 	while (slot[at] && slot[at]->index != index)
 		at = (at + 1) & (capacity - 1);
@@ -100,7 +109,7 @@ static struct page **find_slot(struct page **slot, uint32_t capacity, uint64_t i
 
 const struct page *memory_page(const struct memory *mem, uint64_t index)
 {
-	return *find_slot(mem->slot, mem->capacity, index);
+	return *find_slot(mem->slot, mem->capacity, index, mem->seed);
 }
 
 static int rehash(struct memory *mem, uint32_t capacity)
@@ -111,7 +120,7 @@ static int rehash(struct memory *mem, uint32_t capacity)
 		return TDB_E_NOMEM;
 	for (uint32_t i = 0; i < mem->capacity; i++)
 		if (mem->slot[i])
-			*find_slot(slot, capacity, mem->slot[i]->index) = mem->slot[i];
+			*find_slot(slot, capacity, mem->slot[i]->index, mem->seed) = mem->slot[i];
 	free(mem->slot);
 	mem->slot = slot;
 	mem->capacity = capacity;
@@ -143,9 +152,9 @@ static int forget_oldest(struct memory *mem)
 	drop = n / 4 + 1;
 	for (uint32_t i = 0; i < n; i++) {
 		if (i < drop)
-			page_release(all[i]);
+			page_release(mem, all[i]);
 		else
-			*find_slot(mem->slot, mem->capacity, all[i]->index) = all[i];
+			*find_slot(mem->slot, mem->capacity, all[i]->index, mem->seed) = all[i];
 	}
 	mem->count = n - drop;
 	mem->forgotten += drop;
@@ -156,7 +165,7 @@ static int forget_oldest(struct memory *mem)
 /* The page for writing: made, or copied if a snapshot shares it. */
 static struct page *writable(struct memory *mem, uint64_t index, uint32_t stamp)
 {
-	struct page **slot = find_slot(mem->slot, mem->capacity, index);
+	struct page **slot = find_slot(mem->slot, mem->capacity, index, mem->seed);
 	struct page *page = *slot;
 
 	if (unlikely(!page)) {
@@ -164,13 +173,13 @@ static struct page *writable(struct memory *mem, uint64_t index, uint32_t stamp)
 			return NULL;
 		if ((mem->count + 1) * 2 > mem->capacity && rehash(mem, mem->capacity * 2))
 			return NULL;
-		page = page_new(index);
+		page = page_new(mem, index);
 		if (!page)
 			return NULL;
-		*find_slot(mem->slot, mem->capacity, index) = page;
+		*find_slot(mem->slot, mem->capacity, index, mem->seed) = page;
 		mem->count++;
 	} else if (unlikely(page->refs > 1)) {
-		struct page *copy = page_clone(page);
+		struct page *copy = page_clone(mem, page);
 
 		if (!copy)
 			return NULL;
@@ -237,9 +246,10 @@ static int store_part(struct memory *mem, uint64_t addr, const uint8_t *bytes, u
 		return TDB_E_NOMEM;
 	if (page->writer[word] != writer && page->writer[word] != WRITER_SPLIT) {
 		if (!page->split) {
-			page->split = malloc(PAGE_WORDS * sizeof(*page->split));
+			page->split = malloc(SPLIT_BYTES);
 			if (!page->split)
 				return TDB_E_NOMEM;
+			*mem->bytes += SPLIT_BYTES;
 		}
 		for (uint32_t i = 0; i < 8; i++)
 			page->split[word][i] = page->writer[word];

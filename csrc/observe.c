@@ -4,7 +4,10 @@
 /* Close a frame that was seen to be done with; a clobbered one has survived. */
 static void close_seen(struct machine *m, struct node *n, enum tdb_settle why, uint16_t cpu, uint32_t event, uint32_t *first)
 {
-	if (n->f.cpu == cpu && n->f.entry < *first)
+	struct cpu *c = &m->cpu[cpu];
+
+	/* Only what was entered since NMIs are blocked can have been left by the IRET that unblocked them. */
+	if (n->f.cpu == cpu && n->f.entry < *first && c->s.nmi_since != NONE && n->f.entry >= c->s.nmi_since)
 		*first = n->f.entry;
 	if (n->f.status == TDB_FRAME_CLOBBERED)
 		finding_settle(m, n->f.finding, TDB_R_FRAME_RELOCATED, TDB_EV_INFERRED, event, why);
@@ -20,7 +23,8 @@ static void infer_unblock(struct machine *m, struct cpu *c, uint32_t event, uint
 		nmi_unblock(c, event, first);
 }
 
-static void close_cpl3(struct machine *m, uint16_t cpu, uint32_t event, uint32_t *first)
+/* a: in an outer ring nothing lives on the CPU's own stacks. */
+static void close_outer(struct machine *m, uint16_t cpu, uint32_t event, uint32_t *first)
 {
 	uint32_t next;
 
@@ -28,16 +32,16 @@ static void close_cpl3(struct machine *m, uint16_t cpu, uint32_t event, uint32_t
 		struct node *n = frame_at(m, id);
 
 		next = n->watch.next;
-		if (n->per_cpu && n->f.status != TDB_FRAME_CLOBBERED)
+		if (n->f.status != TDB_FRAME_CLOBBERED)
 			close_seen(m, n, TDB_SETTLE_CPL3, cpu, event, first);
 	}
 }
 
-void observe_cpl3(struct machine *m, uint16_t cpu, uint32_t event)
+void observe_outer(struct machine *m, uint16_t cpu, uint32_t event)
 {
 	uint32_t ignored = NONE;             /* the return has unblocked NMIs itself, SYSRET does not (R14) */
 
-	close_cpl3(m, cpu, event, &ignored);
+	close_outer(m, cpu, event, &ignored);
 }
 
 /* b: RSP stands above the frame on its own stack. */
@@ -64,12 +68,12 @@ void observe(struct machine *m, struct cpu *c, uint16_t cpu, const struct tdb_co
 	uint32_t first = NONE, next;
 	uint64_t key = 0;
 
-	if (ctx_knows(at, TDB_K_CS) && (at->cs & 3) == 3) {
-		if (rsp_known) {
+	if (ctx_knows(at, TDB_K_CS) && at->cs & 3) {
+		if (rsp_known && (at->cs & 3) == 3) {
 			c->s.user_rsp = at->rsp;
 			c->s.known |= TDB_CK_USER_RSP;
 		}
-		close_cpl3(m, cpu, event, &first);
+		close_outer(m, cpu, event, &first);
 	}
 	if (rsp_known) {
 		key = stack_key(m->in, at->rsp);

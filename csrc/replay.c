@@ -3,7 +3,7 @@
 
 #include "core.h"
 
-#define ABI 1
+#define ABI 2
 
 int tdb_abi(void)
 {
@@ -17,8 +17,7 @@ const char *tdb_strerror(int status)
 	case TDB_E_NOMEM: return "out of memory";
 	case TDB_E_ARG: return "invalid argument";
 	case TDB_E_RANGE: return "outside the trace";
-	case TDB_E_EVENT: return "impossible event";
-	case TDB_E_LIMIT: return "limit reached";
+	case TDB_E_LIMIT: return "more events than can be numbered";
 	}
 	return status > 0 ? "success" : "unknown status";
 }
@@ -28,6 +27,7 @@ void tdb_config_init(struct tdb_config *ret)
 	*ret = (struct tdb_config){
 		.size = sizeof(*ret), .snapshot_interval = 4096, .max_snapshots = 512, .max_pages = 16384,
 		.max_frames = 65536, .max_findings = 65536, .iret_fault_unblocks = 1,
+		.max_bytes = 1ull << 30,
 	};
 }
 
@@ -40,6 +40,30 @@ static int compare_stacks(const void *a, const void *b)
 	if (x->lo != y->lo)
 		return x->lo < y->lo ? -1 : 1;
 	return x->frames < y->frames ? -1 : x->frames > y->frames;  /* the place in the layout, while sorting */
+}
+
+static int compare_regions(const void *a, const void *b)
+{
+	const struct tdb_region *x = a, *y = b;
+
+	return x->lo < y->lo ? -1 : x->lo > y->lo;
+}
+
+/* Sorted and disjoint, for a binary search. */
+static void merge_user(struct inputs *in)
+{
+	uint32_t n = 0;
+
+	qsort(in->user, in->user_count, sizeof(*in->user), compare_regions);
+	for (uint32_t i = 0; i < in->user_count; i++) {
+		if (n && in->user[i].lo <= in->user[n - 1].hi) {
+			if (in->user[i].hi > in->user[n - 1].hi)
+				in->user[n - 1].hi = in->user[i].hi;
+		} else {
+			in->user[n++] = in->user[i];
+		}
+	}
+	in->user_count = n;
 }
 
 static int take_regions(struct inputs *in, const struct tdb_layout *l)
@@ -62,6 +86,7 @@ static int take_regions(struct inputs *in, const struct tdb_layout *l)
 				.lo = r->lo, .hi = r->hi, .cpu = r->cpu, .slot = r->slot, .flags = TDB_STACK_NAMED,
 				.frames = i };
 	}
+	merge_user(in);
 	qsort(in->stack, in->stack_count, sizeof(*in->stack), compare_stacks);
 	for (uint32_t i = 0; i < in->stack_count; i++)
 		in->stack_top[i] = in->stack[i].hi;
@@ -82,6 +107,10 @@ static bool valid(const struct tdb_config *cfg, const struct tdb_event *events, 
 		if (l->cpu[i].tss < -1 || l->cpu[i].tss >= (int64_t)l->tss_count || l->cpu[i].idt < -1 ||
 		    l->cpu[i].idt >= (int64_t)l->idt_count)
 			return false;
+	for (uint32_t i = 0; i < l->idt_count; i++)
+		for (uint32_t v = 0; v < 256; v++)
+			if (l->idt[i].gate[v].ist > 7)
+				return false;
 	for (uint32_t i = 0; i < l->memory_count; i++)
 		if ((!l->memory[i].bytes && l->memory[i].length) || (l->memory[i].length && l->memory[i].addr + (l->memory[i].length - 1) < l->memory[i].addr))
 			return false;
@@ -108,14 +137,16 @@ int tdb_open(const struct tdb_config *cfg, const struct tdb_event *events, uint6
 	r->findings.limit = cfg->max_findings;
 	status = take_regions(&r->in, layout);
 	if (!status)
-		status = snapshots_init(&r->snapshots, cfg->snapshot_interval, cfg->max_snapshots);
+		status = snapshots_init(&r->snapshots, cfg);
 	if (!status)
-		status = machine_init(&r->scan, &r->in, layout);
+		status = machine_init(&r->scan, &r->in, layout, &r->page_bytes);
 	if (!status)
-		status = machine_init(&r->view, &r->in, layout);
+		status = machine_init(&r->view, &r->in, layout, &r->page_bytes);
 	if (!status) {
 		r->scan.sink = &r->findings;
-		status = snapshots_take(&r->snapshots, &r->scan);
+		snapshots_take(&r->snapshots, &r->scan);
+		if (!r->snapshots.count)
+			status = TDB_E_NOMEM;          /* the one at 0 is what seeking back falls back on */
 	}
 	if (status) {
 		tdb_close(r);
@@ -154,7 +185,7 @@ int64_t tdb_scan(tdb_replay *r, uint64_t max)
 		if (!status)
 			status = r->findings.status;
 		if (!status && r->scan.position % r->snapshots.interval == 0)
-			status = snapshots_take(&r->snapshots, &r->scan);
+			snapshots_take(&r->snapshots, &r->scan);
 		if (unlikely(status)) {
 			r->broken = status;
 			return status;
@@ -201,9 +232,4 @@ int64_t tdb_seek_some(tdb_replay *r, uint64_t position, uint64_t max)
 uint64_t tdb_position(const tdb_replay *r)
 {
 	return r->view.position;
-}
-
-uint64_t tdb_bad_event(const tdb_replay *r)
-{
-	return r->scan.position ? r->scan.position - 1 : 0;
 }

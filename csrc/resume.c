@@ -88,7 +88,7 @@ static struct node *find_copied(const struct machine *m, const struct tdb_event 
 	for (uint32_t id = m->watch[e->cpu].head; id != NONE; id = m->frames.node[id].watch.next) {
 		struct node *n = frame_at(m, id);
 
-		if (n->per_cpu && saved_knows(&n->f, saved) && n->f.saved.rip == e->addr && n->f.saved.rsp == e->value &&
+		if (saved_knows(&n->f, saved) && n->f.saved.rip == e->addr && n->f.saved.rsp == e->value &&
 		    n->f.saved.cs == e->cs && n->f.saved.ss == e->ss)
 			return n;
 	}
@@ -184,7 +184,8 @@ static uint32_t consume(struct machine *m, struct cpu *c, struct node *n, const 
 		return f.entry;
 	}
 	other = foreign(m, &f, slot, differ, &by);
-	if (other)
+	/* A frame that nothing overwrote is only called so if the place it resumes at is foreign. */
+	if (other && (f.status == TDB_FRAME_CLOBBERED || other & (1u << 0 | 1u << 3)))
 		consumed(m, c, &f, differ, other, by, e, index);
 	return f.entry;
 }
@@ -233,18 +234,24 @@ int resume_apply(struct machine *m, const struct tdb_event *e, uint32_t index)
 			nmi_unblock(c, index, NONE);
 		return TDB_OK;
 	}
+	if (e->flags & TDB_F_LEGACY) {                     /* no 64-bit frame was popped, but NMIs are unblocked (R12) */
+		if (!unblocked)
+			nmi_unblock(c, index, NONE);
+		c->s.known &= TDB_CK_NMI | TDB_CK_MCIP | TDB_CK_USER_RSP;
+		return TDB_OK;
+	}
 	if (e->known & TDB_K_RSP)
 		n = find_frame(m, e->rsp, e->cpu);
 	entry = n ? consume(m, c, n, e, index) : resume_elsewhere(m, c, e, index);
 	if (!unblocked)
 		nmi_unblock(c, index, entry);
 	registers_popped(c, e);
-	if (e->known & TDB_K_CS && (e->cs & 3) == 3) {
-		if (e->known & TDB_K_VALUE) {
+	if (e->known & TDB_K_CS && e->cs & 3) {
+		if (e->known & TDB_K_VALUE && (e->cs & 3) == 3) {
 			c->s.user_rsp = e->value;
 			c->s.known |= TDB_CK_USER_RSP;
 		}
-		observe_cpl3(m, e->cpu, index);
+		observe_outer(m, e->cpu, index);
 	}
 	return TDB_OK;
 }

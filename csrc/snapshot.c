@@ -14,6 +14,7 @@ struct snapshot {
 	struct memory mem;
 	struct tdb_frame *frame;         /* in entry order */
 	struct tdb_frame last_frame;
+	uint64_t own_bytes;              /* of all this but the pages */
 };
 
 static void snapshot_free(struct snapshot *s)
@@ -43,6 +44,9 @@ static struct snapshot *snapshot_new(const struct machine *m)
 	s->finding_count = m->finding_count;
 	s->last_frame = m->last_frame;
 	s->idt_count = in->idt_count;
+	s->own_bytes = sizeof(*s) + in->cpus * sizeof(*s->cpu) + in->tss_count * sizeof(*s->tss) +
+		       in->idt_count * (sizeof(*s->idt) + sizeof(struct gates)) + m->frames.count * sizeof(*s->frame) +
+		       m->mem.capacity * sizeof(*m->mem.slot);
 	s->frame_count = m->frames.count;
 	s->cpu = malloc(in->cpus * sizeof(*s->cpu));
 	s->tss = malloc((in->tss_count + 1) * sizeof(*s->tss));
@@ -63,10 +67,10 @@ static struct snapshot *snapshot_new(const struct machine *m)
 	return s;
 }
 
-int snapshots_init(struct snapshots *s, uint32_t interval, uint32_t limit)
+int snapshots_init(struct snapshots *s, const struct tdb_config *cfg)
 {
-	*s = (struct snapshots){ .interval = interval, .limit = limit };
-	s->item = calloc(limit, sizeof(*s->item));
+	*s = (struct snapshots){ .interval = cfg->snapshot_interval, .limit = cfg->max_snapshots, .max_bytes = cfg->max_bytes };
+	s->item = calloc(s->limit, sizeof(*s->item));
 	return s->item ? TDB_OK : TDB_E_NOMEM;
 }
 
@@ -85,32 +89,36 @@ static void thin_out(struct snapshots *s)
 
 	s->interval *= 2;
 	for (uint32_t i = 0; i < s->count; i++) {
-		if (s->item[i]->position % s->interval == 0)
+		if (s->item[i]->position % s->interval == 0) {
 			s->item[kept++] = s->item[i];
-		else
+		} else {
+			s->own_bytes -= s->item[i]->own_bytes;
 			snapshot_free(s->item[i]);
+		}
 	}
 	s->count = kept;
 }
 
-int snapshots_take(struct snapshots *s, const struct machine *m)
+static bool too_many(const struct snapshots *s, const struct machine *m)
+{
+	return s->count == s->limit || (s->count > 1 && s->own_bytes + *m->mem.bytes > s->max_bytes);
+}
+
+void snapshots_take(struct snapshots *s, const struct machine *m)
 {
 	struct snapshot *item;
 
-	if (m->position % s->interval || (s->count && s->item[s->count - 1]->position >= m->position))
-		return TDB_OK;
-	if (s->count == s->limit && s->interval <= UINT32_MAX / 2) {
+	if (s->count && s->item[s->count - 1]->position >= m->position)
+		return;
+	while (too_many(s, m) && s->interval <= UINT32_MAX / 2)
 		thin_out(s);
-		if (m->position % s->interval)
-			return TDB_OK;
-	}
-	if (s->count == s->limit)
-		return TDB_OK;
+	if (m->position % s->interval || s->count == s->limit || (s->count && s->own_bytes + *m->mem.bytes > s->max_bytes))
+		return;
 	item = snapshot_new(m);
-	if (!item)
-		return TDB_E_NOMEM;
+	if (!item)                       /* seeking there takes longer, that is all */
+		return;
+	s->own_bytes += item->own_bytes;
 	s->item[s->count++] = item;
-	return TDB_OK;
 }
 
 static const struct snapshot *newest(const struct snapshots *s, uint64_t position)

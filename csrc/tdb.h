@@ -7,7 +7,7 @@
  *   - A handle is used by one thread at a time.  There are no globals, threads or callbacks.
  *   - Functions return a value >= 0 on success and a negative enum tdb_status on failure; out-parameters come last and are
  *     untouched on failure.
- *   - tdb_open() borrows the event, payload and memory buffers until tdb_close(); the layout is copied.
+ *   - tdb_open() borrows the event and payload buffers until tdb_close(); the layout and its memory are copied.
  *   - Addresses are guest linear addresses; ranges are [lo, hi).  "Event" numbers are indices into the event array.
  *     A position p is the state after the first p events, 0 <= p <= count.
  */
@@ -23,8 +23,7 @@ enum tdb_status {
 	TDB_E_NOMEM = -1,  /* allocation failed */
 	TDB_E_ARG = -2,    /* an argument is NULL, out of range or of another ABI */
 	TDB_E_RANGE = -3,  /* a position or index lies outside the trace */
-	TDB_E_EVENT = -4,  /* an event cannot be interpreted: unknown kind or CPU out of range */
-	TDB_E_LIMIT = -5   /* a limit of struct tdb_config was reached */
+	TDB_E_LIMIT = -4   /* more events than the core can number */
 };
 
 enum tdb_kind {
@@ -70,7 +69,7 @@ enum tdb_source {      /* where a delivery came from */
 	TDB_SRC_SOFT_INT = 4,  /* INT n, INT3, INTO: code = instruction length, added to rip in the frame */
 	TDB_SRC_FIXED = 5,     /* local APIC */
 	TDB_SRC_EXTINT = 6,    /* 8259 */
-	TDB_SRC_INJECTED = 7,
+	TDB_SRC_INJECTED = 7,  /* by a VMM, as an external interrupt; what it injects as an NMI, #MC or exception is that */
 	TDB_SRC_EXTERNAL = 8   /* FIXED or EXTINT, unknown which */
 };
 
@@ -173,6 +172,7 @@ struct tdb_config {
 	uint32_t max_findings;       /* kept; further ones are only counted */
 	uint32_t iret_fault_unblocks;/* 1: a faulting IRET unblocks NMIs (SDM Vol. 3A 6.7.1); 0: it does not */
 	uint32_t reserved;
+	uint64_t max_bytes;          /* of pages and snapshots together; snapshots are thinned out to keep it */
 };
 
 /* -- results ------------------------------------------------------------------------------------------------------- */
@@ -208,8 +208,9 @@ enum tdb_settle {      /* why a frame stopped being open */
 	TDB_SETTLE_CPL3 = 5,       /* the CPU ran at CPL3 */
 	TDB_SETTLE_POPPED = 6,     /* RSP was seen above it on its own stack */
 	TDB_SETTLE_OVERWRITTEN = 7,/* an open frame was overwritten (clobber) */
-	TDB_SETTLE_DROPPED = 8,    /* forgotten because of a limit */
-	TDB_SETTLE_COUNT = 9
+	TDB_SETTLE_DROPPED = 8,    /* forgotten because of a limit, a gap or a reset */
+	TDB_SETTLE_NMI = 9,        /* the NMI that blocked NMIs, and a genuine NMI came: its IRET had unblocked them */
+	TDB_SETTLE_COUNT = 10
 };
 
 struct tdb_context {
@@ -224,7 +225,7 @@ struct tdb_frame {
 	uint64_t stack_lo, stack_hi;
 	uint32_t entry;            /* the delivery */
 	uint32_t clobbered_by;     /* newest delivery that stored over it, UINT32_MAX none */
-	uint32_t finding;          /* finding of that overwrite, UINT32_MAX none */
+	uint32_t finding;          /* finding of that overwrite (live: of one with the same bytes), UINT32_MAX none */
 	uint32_t victim;           /* entry of the open frame that this one overwrote, UINT32_MAX none */
 	uint16_t cpu;
 	uint8_t vector, source, ist, status, has_code, gate_type;
@@ -305,11 +306,12 @@ struct tdb_finding {
 struct tdb_stats {
 	uint64_t events, deliveries, judged, unjudged, legacy, failed, returns, writes, gaps;
 	uint64_t findings;                     /* raised, kept or not */
-	uint64_t settled[9];                   /* frames on IST stacks by enum tdb_settle */
+	uint64_t settled[10];                  /* frames on IST stacks by enum tdb_settle */
 	uint64_t ist_deliveries[8];            /* deliveries by IST number; [0] without */
 	uint64_t open_at_end;                  /* clobbered frames whose fate is open */
 	uint64_t pages_forgotten, bad_events;
 	uint32_t snapshots, pages, frames, interval;
+	uint64_t bytes;                        /* of pages and snapshots now */
 };
 
 typedef struct tdb_replay tdb_replay;
@@ -321,29 +323,27 @@ const char *tdb_strerror(int status);
 /** Fill in size and defaults. */
 void tdb_config_init(struct tdb_config *ret);
 /** Open a replay of count events.  Borrows events, bytes and layout->memory bytes until tdb_close().
- *  cpus: CPUs of the trace, 1-4096.  Errors: NOMEM, ARG, LIMIT (count >= 2^32-1). */
+ *  cpus: CPUs of the trace, 1-4096.  Errors: NOMEM, ARG, LIMIT (count >= 2^32-2). */
 int tdb_open(const struct tdb_config *cfg, const struct tdb_event *events, uint64_t count, uint32_t cpus,
 	     const uint8_t *bytes, uint64_t bytes_size, const struct tdb_layout *layout, tdb_replay **ret);
 /** Close; NULL is fine. */
 void tdb_close(tdb_replay *r);
-/** Go on with the forward pass by at most max events; returns how many were taken, 0 at the end.  Errors: NOMEM, EVENT. */
+/** Go on with the forward pass by at most max events; returns how many were taken, 0 at the end.  Errors: NOMEM. */
 int64_t tdb_scan(tdb_replay *r, uint64_t max);
 /** Events covered by the forward pass. */
 uint64_t tdb_scanned(const tdb_replay *r);
-/** Move the view to a position in steps of at most max events; returns the events still to go (0: there).
- *  Errors: NOMEM, RANGE, EVENT. */
+/** Move the view to a position in steps of at most max events, scanning first where the scan has not been; returns 0
+ *  when there, else a positive number.  Errors: NOMEM, RANGE. */
 int64_t tdb_seek_some(tdb_replay *r, uint64_t position, uint64_t max);
 /** The position of the view. */
 uint64_t tdb_position(const tdb_replay *r);
-/** The index of the event that TDB_E_EVENT spoke of. */
-uint64_t tdb_bad_event(const tdb_replay *r);
 /** State of one CPU in the view.  Errors: RANGE. */
 int tdb_get_cpu(const tdb_replay *r, uint32_t cpu, struct tdb_cpu *ret);
 /** Current value of the TSS of a CPU in the view.  Errors: RANGE (no such CPU, or TSS unknown). */
 int tdb_get_tss(const tdb_replay *r, uint32_t cpu, struct tdb_tss *ret);
 /** The gate that a CPU would use for a vector.  Errors: RANGE. */
 int tdb_get_gate(const tdb_replay *r, uint32_t cpu, uint32_t vector, struct tdb_gate *ret);
-/** Stacks: the named ones, then others with open frames, by address.  Fills at most cap, returns the total. */
+/** Stacks by address: the named ones, and others with open frames.  Fills at most cap, returns the total.  Errors: NOMEM. */
 int64_t tdb_get_stacks(const tdb_replay *r, struct tdb_stack *ret, uint64_t cap);
 /** Open frames in entry order.  Fills at most cap, returns the total. */
 int64_t tdb_get_frames(const tdb_replay *r, struct tdb_frame *ret, uint64_t cap);

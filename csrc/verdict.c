@@ -122,7 +122,7 @@ static void mark_chain(struct machine *m, uint16_t cpu, uint64_t cur, uint32_t m
 			return;
 		n->mark = mark;
 		n = past_resets(m, n, mark);
-		if (!n || !saved_knows(&n->f, TDB_K_CS | TDB_K_RSP) || (n->f.saved.cs & 3) == 3)
+		if (!n || !saved_knows(&n->f, TDB_K_CS | TDB_K_RSP) || n->f.saved.cs & 3)
 			return;
 		cur = n->f.saved.rsp;
 	}
@@ -184,8 +184,10 @@ static void find_cause(const struct request *rq, const struct tdb_frame *victim,
 	case TDB_SRC_NMI:
 		if (before->known & TDB_CK_NMI && before->nmi_blocked) {
 			f->cause = TDB_CAUSE_NMI_UNKNOWN;
-		} else if (before->nmi_since != NONE && before->nmi_since >= victim->entry &&
-			   before->nmi_unblocked_by != NONE && before->nmi_unblocked_by > victim->entry) {
+		} else if (!(before->known & TDB_CK_NMI) && victim->source == TDB_SRC_UNKNOWN) {
+			f->cause = TDB_CAUSE_NMI_UNKNOWN;
+		} else if (before->nmi_since != NONE && before->nmi_unblocked_by != NONE &&
+			   before->nmi_unblocked_by > victim->entry) {
 			f->cause = TDB_CAUSE_NMI_UNBLOCKED;
 			f->cause_event = before->nmi_unblocked_by;
 			f->cause_frame = before->nmi_unblock_frame;
@@ -201,6 +203,9 @@ static void find_cause(const struct request *rq, const struct tdb_frame *victim,
 	case TDB_SRC_EXTERNAL:
 	case TDB_SRC_INJECTED:
 		f->cause = TDB_CAUSE_MASKABLE;
+		break;
+	case TDB_SRC_UNKNOWN:
+		f->cause = TDB_CAUSE_NONE;
 		break;
 	default:
 		f->cause = TDB_CAUSE_SOFTWARE;
@@ -228,12 +233,24 @@ static void overwrite_one(struct machine *m, const struct request *rq, struct pl
 		frame_close(m, n, TDB_SETTLE_OVERWRITTEN);
 	} else if (!f.differ) {
 		f.rule = f.raised_rule = TDB_R_FRAME_SAME_BYTES;
-		finding_raise(m, &f);
+		if (n->f.finding == NONE)
+			n->f.finding = finding_raise(m, &f);
+		else
+			finding_count_again(m, n->f.finding);
 	} else {
 		n->f.finding = finding_raise(m, &f);
 		n->f.status = TDB_FRAME_CLOBBERED;
 		p->frame.victim = n->f.entry;
 	}
+}
+
+/* Without returns: the NMI that blocked NMIs is off the chain, and a genuine NMI came.  Its IRET is what let it come. */
+static bool nmi_had_returned(const struct machine *m, const struct request *rq, const struct tdb_cpu *before,
+			     const struct node *n)
+{
+	return !(m->in->fidelity & TDB_FID_RETURNS) && rq->source == TDB_SRC_NMI && before->known & TDB_CK_NMI &&
+	       before->nmi_blocked && n->f.status == TDB_FRAME_LIVE && n->f.cpu == rq->cpu &&
+	       n->f.entry == before->nmi_since && n->mark != rq->event;
 }
 
 void verdict_overwrite(struct machine *m, const struct request *rq, struct placement *p, const struct tdb_cpu *before)
@@ -249,8 +266,8 @@ void verdict_overwrite(struct machine *m, const struct request *rq, struct place
 		prev = n->stack.prev;
 		if (n->f.lo >= p->frame.hi || n->f.hi <= p->frame.lo)
 			continue;
-		if (!p->gate.ist) {                        /* RSP0 is reset only from CPL3: what lay there is dead */
-			if (n->f.status != TDB_FRAME_CLOBBERED && n->f.cpu == rq->cpu)
+		if (!p->gate.ist) {                        /* RSP0 is taken from outer rings: what lay there is dead */
+			if (n->f.status != TDB_FRAME_CLOBBERED && (!stack_named(key) || n->f.cpu == rq->cpu))
 				frame_close(m, n, TDB_SETTLE_CPL3);
 			continue;
 		}
@@ -261,6 +278,10 @@ void verdict_overwrite(struct machine *m, const struct request *rq, struct place
 		if (!marked && ctx_knows(&rq->at, TDB_K_RSP)) {
 			mark_chain(m, rq->cpu, rq->at.rsp, rq->event);
 			marked = true;
+		}
+		if (nmi_had_returned(m, rq, before, n)) {
+			frame_close(m, n, TDB_SETTLE_NMI);
+			continue;
 		}
 		overwrite_one(m, rq, p, before, n, returns || n->mark == rq->event);
 	}

@@ -33,35 +33,38 @@ static int compare_addresses(const void *a, const void *b)
 
 	if (x->lo != y->lo)
 		return x->lo < y->lo ? -1 : 1;
-	return x->cpu < y->cpu ? -1 : x->cpu > y->cpu;
+	if (x->hi != y->hi)
+		return x->hi < y->hi ? -1 : 1;
+	return x->slot < y->slot ? -1 : x->slot > y->slot;
 }
 
 int64_t tdb_get_stacks(const tdb_replay *r, struct tdb_stack *ret, uint64_t cap)
 {
 	const struct frames *fr = &r->view.frames;
-	uint64_t total = 0;
+	uint64_t total = r->in.stack_count + fr->anon_count, n = 0;
+	struct tdb_stack *all;
 
-	for (uint32_t i = 0; i < r->in.stack_count; i++, total++) {
-		if (total >= cap)
-			continue;
-		ret[total] = r->in.stack[i];
-		ret[total].frames = fr->named[i].count;
+	if (!cap)
+		return (int64_t)total;
+	all = malloc((total + 1) * sizeof(*all));
+	if (!all)
+		return TDB_E_NOMEM;
+	for (uint32_t i = 0; i < r->in.stack_count; i++) {
+		all[n] = r->in.stack[i];
+		all[n++].frames = fr->named[i].count;
 	}
 	for (uint32_t i = 0; i < fr->anon_capacity; i++) {
 		const struct anon *a = &fr->anon[i];
 
 		if (!a->list.count)
 			continue;
-		if (total < cap) {
-			struct tdb_stack *s = &ret[total];
-
-			*s = (struct tdb_stack){ .frames = a->list.count, .cpu = fr->node[a->list.head].f.cpu };
-			stack_bounds(&r->in, a->key, &s->lo, &s->hi);
-		}
-		total++;
+		all[n] = (struct tdb_stack){ .frames = a->list.count, .cpu = fr->node[a->list.head].f.cpu };
+		stack_bounds(&r->in, a->key, &all[n].lo, &all[n].hi);
+		n++;
 	}
-	if (total <= cap)
-		qsort(ret, total, sizeof(*ret), compare_addresses);
+	qsort(all, total, sizeof(*all), compare_addresses);
+	memcpy(ret, all, (total < cap ? total : cap) * sizeof(*all));
+	free(all);
 	return (int64_t)total;
 }
 
@@ -160,6 +163,7 @@ int tdb_get_stats(const tdb_replay *r, struct tdb_stats *ret)
 	ret->interval = r->snapshots.interval;
 	ret->pages = m->mem.count;
 	ret->frames = m->frames.count;
+	ret->bytes = r->page_bytes + r->snapshots.own_bytes;
 	for (uint32_t id = m->frames.age.head; id != NONE; id = m->frames.node[id].age.next)
 		ret->open_at_end += m->frames.node[id].f.status == TDB_FRAME_CLOBBERED;
 	return TDB_OK;

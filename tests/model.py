@@ -37,6 +37,7 @@ __all__ = ["Fnv", "Model", "ModelEvent", "ModelFinding", "ModelFrame", "decode"]
 MASK = (1 << 64) - 1
 MSR_MCG_STATUS = 0x17A
 FRAMES_PER_STACK = 64
+WATCHED_PER_CPU = 256
 CHAIN_STEPS = 64
 WRITE_MAX = 4096
 SLOTS = ("rip", "cs", "rflags", "rsp", "ss", "code")  # bit numbers of slot masks
@@ -217,6 +218,7 @@ class ModelCpu:
     loop: tuple[int, int, int] | None = None  # R, RIP, RSP
     loop_finding: int = 0
     fakes: dict[tuple[Rule, int], int] = field(default_factory=dict)  # rule and source -> finding
+    mismatches: dict[Mismatch, int] = field(default_factory=dict)  # kind -> finding
 
 
 @dataclass
@@ -365,6 +367,8 @@ class Model:
             case Kind.RAISE:
                 if event.arg == x86.NMI and event.source == Source.NMI and cpu.nmi_blocked:
                     cpu.nmi_pending = True
+            case Kind.RSM:
+                self.registers_unknown(cpu)
             case Kind.UNBLOCK:
                 cpu.nmi_blocked, cpu.nmi_unblocked_by, cpu.nmi_unblock_frame = False, index, None
             case Kind.MSR:
@@ -428,6 +432,14 @@ class Model:
             self.close(same[0], Settle.DROPPED)
         if len(self.frames) > self.max_frames:
             self.close(self.frames[0], Settle.DROPPED)
+        watched = [f for f in self.frames if f.cpu == frame.cpu and self.on_cpus_own(f)]
+        if len(watched) > WATCHED_PER_CPU:
+            self.close(watched[0], Settle.DROPPED)
+
+    @staticmethod
+    def on_cpus_own(frame: ModelFrame) -> bool:
+        """Whether the frame lies on an IST or a per-CPU stack."""
+        return bool(frame.ist) or frame.stack.per_cpu
 
     # -- delivery ---------------------------------------------------------------------------------------------------
 
@@ -473,9 +485,9 @@ class Model:
             and event.rflags is not None
             and not event.rflags & x86.RFLAGS_IF
         ):
-            self.raise_finding(Rule.MODEL_MISMATCH, Evidence.COMPUTED, event, detail=int(Mismatch.IF_CLEAR))
+            self.mismatch(cpu, event, Mismatch.IF_CLEAR)
         if event.source == Source.NMI and cpu.nmi_blocked and self.returns_recorded:
-            self.raise_finding(Rule.MODEL_MISMATCH, Evidence.COMPUTED, event, detail=int(Mismatch.NMI_BLOCKED))
+            self.mismatch(cpu, event, Mismatch.NMI_BLOCKED)
         # 4. Place
         if frame is None:
             self.stats.unjudged += 1
@@ -495,7 +507,7 @@ class Model:
             for other in list(self.frames):
                 if (
                     other.stack == frame.stack
-                    and other.cpu == frame.cpu
+                    and (other.cpu == frame.cpu or not other.stack.named)
                     and other.status != FrameStatus.CLOBBERED
                     and other.overlaps(frame.lo, frame.hi)
                 ):
@@ -540,6 +552,14 @@ class Model:
         else:
             self.findings[known].count += 1
 
+    def mismatch(self, cpu: ModelCpu, event: ModelEvent, detail: Mismatch) -> None:
+        known = cpu.mismatches.get(detail)
+        if known is None:
+            finding = self.raise_finding(Rule.MODEL_MISMATCH, Evidence.COMPUTED, event, detail=int(detail))
+            cpu.mismatches[detail] = finding.number
+        else:
+            self.findings[known].count += 1
+
     def unplaced(self, event: ModelEvent) -> ModelFrame:
         """A delivery of which nothing is known yet but the event."""
         assert event.cpu is not None
@@ -570,7 +590,9 @@ class Model:
         if base is None or not x86.is_canonical(base):
             return None
         is_exception = event.source == Source.EXCEPTION
-        has_code = is_exception and event.arg in x86.ERROR_CODE_VECTORS
+        has_code = event.arg in x86.ERROR_CODE_VECTORS and (is_exception or not event.source)
+        if has_code and not event.source and event.code is None:
+            return None  # 40 or 48 bytes: unknown
         size = 48 if has_code else 40
         hi = base & ~15
         if hi < size:
@@ -644,9 +666,21 @@ class Model:
                 self.close(victim, Settle.OVERWRITTEN)
             elif victim.status == FrameStatus.CLOBBERED:
                 victim.clobbered_by = event.index
+            elif (
+                not self.returns_recorded
+                and event.source == Source.NMI
+                and cpu.nmi_blocked
+                and victim.cpu == event.cpu
+                and victim.entry == cpu.nmi_since
+                and victim.entry not in chain
+            ):
+                self.close(victim, Settle.NMI)
             elif not differ:
                 victim.clobbered_by = event.index
-                self.raise_finding(Rule.FRAME_SAME_BYTES, evidence, event, **facts)
+                if victim.finding is None:
+                    victim.finding = self.raise_finding(Rule.FRAME_SAME_BYTES, evidence, event, **facts).number
+                else:
+                    self.findings[victim.finding].count += 1
             else:
                 victim.clobbered_by = event.index
                 victim.status = FrameStatus.CLOBBERED
@@ -657,11 +691,10 @@ class Model:
         if victim.cpu != event.cpu:
             return Cause.OTHER_CPU, None, None
         if event.source == Source.NMI:
-            if cpu.nmi_blocked:
+            if cpu.nmi_blocked or (cpu.nmi_blocked is None and not victim.source):
                 return Cause.NMI_UNKNOWN, None, None
             if (
                 cpu.nmi_since is not None
-                and cpu.nmi_since >= victim.entry
                 and cpu.nmi_unblocked_by is not None
                 and cpu.nmi_unblocked_by > victim.entry
             ):
@@ -671,6 +704,8 @@ class Model:
             return Cause.MC_UNMASKED, None, None
         if event.source in (Source.FIXED, Source.EXTINT, Source.EXTERNAL, Source.INJECTED):
             return Cause.MASKABLE, None, None
+        if not event.source:
+            return Cause.NONE, None, None
         return Cause.SOFTWARE, None, None
 
     def chain(self, event: ModelEvent) -> set[int]:
@@ -699,7 +734,7 @@ class Model:
                     return taken
                 taken.add(victim.entry)
                 frame = victim
-            if frame.saved.cs is None or x86.cpl(frame.saved.cs) == 3 or frame.saved.rsp is None:
+            if frame.saved.cs is None or x86.cpl(frame.saved.cs) != 0 or frame.saved.rsp is None:
                 break
             cur = frame.saved.rsp
         return taken
@@ -711,7 +746,7 @@ class Model:
         return {
             f.entry: Settle.CPL3
             for f in self.frames
-            if f.cpu == cpu and f.stack.per_cpu and f.status != FrameStatus.CLOBBERED
+            if f.cpu == cpu and self.on_cpus_own(f) and f.status != FrameStatus.CLOBBERED
         }
 
     def observe(self, cpu: ModelCpu, event: ModelEvent) -> None:
@@ -721,8 +756,8 @@ class Model:
         b: dict[int, Settle] = {}
         c: dict[int, Settle] = {}
         d: dict[int, Settle] = {}
-        if event.cs is not None and x86.cpl(event.cs) == 3:
-            if rsp is not None:
+        if event.cs is not None and x86.cpl(event.cs) != 0:
+            if rsp is not None and x86.cpl(event.cs) == 3:
                 cpu.user_rsp = rsp
             a = self.seen_at_cpl3(number)
         if rsp is not None:
@@ -764,6 +799,8 @@ class Model:
                 self.settle(frame, Rule.FRAME_RELOCATED, Evidence.INFERRED, event.index, why)
             self.close(frame, why)
             if unblocks and not self.returns_recorded and cpu.nmi_blocked and frame.cpu == event.cpu:
+                if cpu.nmi_since is None or frame.entry < cpu.nmi_since:
+                    continue  # entered before NMIs were blocked: what left it says nothing
                 cpu.nmi_blocked = False
                 cpu.nmi_unblocked_by, cpu.nmi_unblock_frame = event.index, frame.entry
 
@@ -775,6 +812,10 @@ class Model:
         if event.flags & Flag.FAULTED:
             if self.iret_fault_unblocks:
                 self.unblock_by_return(cpu, event, None)
+            return
+        if event.flags & Flag.LEGACY:
+            self.unblock_by_return(cpu, event, None)
+            self.registers_unknown(cpu)
             return
         popped = Context(event.addr, event.cs, event.rflags, event.value, event.ss, None)
         frame: ModelFrame | None = None
@@ -794,8 +835,8 @@ class Model:
                 self.findings[cpu.loop_finding].count += 1
         self.unblock_by_return(cpu, event, frame)
         cpu.rip, cpu.rsp, cpu.cs, cpu.ss, cpu.rflags = event.addr, event.value, event.cs, event.ss, event.rflags
-        if event.cs is not None and x86.cpl(event.cs) == 3:
-            if event.value is not None:
+        if event.cs is not None and x86.cpl(event.cs) != 0:
+            if event.value is not None and x86.cpl(event.cs) == 3:
                 cpu.user_rsp = event.value
             self.close_observed(cpu, event, self.seen_at_cpl3(event.cpu))
 
@@ -812,7 +853,7 @@ class Model:
             told = None not in (popped.rip, popped.rsp, frame.saved.rip, frame.saved.rsp)
             if frame.status == FrameStatus.CLOBBERED and told:
                 self.settle(frame, Rule.FRAME_RELOCATED, Evidence.RECORDED, event.index, Settle.RETURN)
-        elif foreign:
+        elif foreign and (frame.status == FrameStatus.CLOBBERED or "rip" in foreign or "rsp" in foreign):
             entry = self.memory[frame.slot_addr(foreign[0])][1]
             assert entry is not None
             writer = self.stored[entry]
@@ -875,7 +916,7 @@ class Model:
             return None
         for frame in reversed(self.frames):
             saved = frame.saved
-            if frame.cpu == event.cpu and frame.stack.per_cpu and (saved.rip, saved.cs, saved.rsp, saved.ss) == wanted:
+            if frame.cpu == event.cpu and self.on_cpus_own(frame) and (saved.rip, saved.cs, saved.rsp, saved.ss) == wanted:
                 return frame
         return None
 
@@ -955,9 +996,10 @@ class Model:
         self.registers_unknown(cpu)
         cpu.user_rsp = cpu.failed = cpu.failed_before = cpu.loop = None
         cpu.tss = cpu.idt = None
-        cpu.nmi_blocked, cpu.nmi_pending = False, False
+        reset = event.arg == 0
+        cpu.nmi_blocked, cpu.nmi_pending = False if reset else None, False
         cpu.nmi_since = cpu.nmi_unblocked_by = cpu.nmi_unblock_frame = None
-        cpu.mcip = False
+        cpu.mcip = False if reset else None
         cpu.gap = False
 
     def gap(self, event: ModelEvent, numbers: list[int]) -> None:

@@ -91,7 +91,7 @@ LOOP = replace(
 STATS = Stats(
     events=4, deliveries=3, judged=3, unjudged=0, legacy=0, failed=0, returns=1, writes=0, gaps=0, findings=1,
     settled=(1, 0, 0, 0, 0, 0, 0, 0, 0), ist_deliveries=(0, 1, 2, 0, 0, 0, 0, 0), open_at_end=1, pages_forgotten=0,
-    bad_events=0, snapshots=1, pages=2, frames=1, interval=4096,
+    bad_events=0, snapshots=1, pages=2, frames=1, interval=4096, bytes=0,
 )  # fmt: skip
 
 

@@ -483,3 +483,142 @@ def test_find_looks_both_ways() -> None:
         assert replay.find(4, -1, (Kind.DELIVER,), vector=14) == 3
         assert replay.find(5, 1, cpu=0) == 6
         assert replay.find(0, -1, (Kind.MARK,)) is None and replay.find(99) is None
+
+
+def test_snapshots_and_pages_stay_within_the_bytes_allowed() -> None:
+    def fill(w: TraceWriter) -> None:
+        w.layout = layout()
+        for n in range(60_000):
+            w.event(Kind.WRITE, cpu=0, addr=(n * 7 % 4000) << 12 | n % 4096, value=n, arg=1)
+
+    limit = 64 << 20
+    with replayed(fill, snapshot_interval=64, max_pages=1000, max_bytes=limit) as replay:
+        stats = replay.stats()
+        # One interval's worth of copied pages may come on top before the next snapshot thins them out.
+        assert stats.bytes < limit + 2 * 1000 * 24_000 and stats.interval > 64
+        end = replay.digest()
+        replay.seek(12_345)
+        replay.seek(60_000)
+        assert replay.digest() == end
+
+
+def test_equal_bytes_at_one_place_are_one_note_with_a_count() -> None:
+    def fill(w: TraceWriter) -> None:
+        w.layout = layout(returns=True)
+        for _ in range(41):
+            w.event(Kind.UNBLOCK, cpu=0)
+            nmi(w, rip=0x100C00, rsp=0x10DF00, cs=8, ss=0x10, rflags=2)
+
+    with replayed(fill) as replay:
+        findings = replay.findings()
+        assert {finding.rule for finding in findings} == {Rule.FRAME_SAME_BYTES}
+        # The first frame is stored over 40 times, the second 39 times, ...: one finding each.
+        assert [finding.count for finding in findings] == list(range(40, 0, -1))
+
+
+def test_an_nmi_that_could_come_shows_that_the_last_one_returned() -> None:
+    def fill(w: TraceWriter) -> None:
+        w.layout = layout()
+        for n in range(6):  # ever deeper in code with IF=0, nothing else recorded
+            nmi(w, rip=0x9000 + n, rsp=0x11CFA8 - 64 * n, cs=8, ss=0x10, rflags=0x46)
+
+    with replayed(fill) as replay:
+        assert replay.findings() == ()
+        assert replay.stats().settled[Settle.NMI] == 5
+
+
+def test_a_stale_frame_on_a_reused_thread_stack_is_no_victim() -> None:
+    def fill(w: TraceWriter) -> None:
+        base = layout(returns=True, cpus=2)
+        tss = tuple(replace(t, rsp=(0x500000, None, None)) for t in base.tss)
+        w.layout = replace(base, tss=tss, regions=())
+        user = {"rip": 0x401000, "rsp": 0x7FF0, "cs": 0x33, "ss": 0x2B}
+        w.event(Kind.DELIVER, cpu=0, arg=32, source=Source.FIXED, rflags=0x202, **user)  # the task dies in it
+        w.event(Kind.DELIVER, cpu=1, arg=32, source=Source.FIXED, rflags=0x246, **user)  # the stack has another task
+        back = {"rsp": 0x500000 - 40, "addr": 0x401000, "value": 0x7FF0, "cs": 0x33, "ss": 0x2B}
+        w.event(Kind.RETURN, cpu=1, rflags=0x246, **back)
+        w.event(Kind.RETURN, cpu=1, rflags=0x246, **back)  # made by software
+
+    with replayed(fill, cpus=2) as replay:
+        assert replay.findings() == ()
+
+
+def test_blocking_that_began_before_the_victim_is_still_the_cause() -> None:
+    gates = {**GATES, 18: Gate(0x100290, 8, 2)}  # NMI and #MC share IST2
+
+    def fill(w: TraceWriter) -> None:
+        w.layout = replace(layout(returns=True), idts=(Idt(0x106000, gates),))
+        nmi(w, **OUTER)
+        w.event(Kind.TSS, cpu=0, arg=10, value=0x10DC00)
+        w.event(Kind.DELIVER, cpu=0, arg=18, source=Source.MC, rip=0x100C00, rsp=0x10DF00, cs=8, ss=0x10, rflags=2)
+        w.event(Kind.DELIVER, cpu=0, arg=3, source=Source.SOFT_INT, code=1, rip=0x100D00, rsp=0x10DB00, cs=8, ss=0x10, rflags=2)
+        w.event(Kind.RETURN, cpu=0, rsp=0x10DAD8, addr=0x100D01, value=0x10DB00, cs=8, ss=0x10, rflags=2)
+        nmi(w, rip=0x100D01, rsp=0x10DB00, cs=8, ss=0x10, rflags=2)
+
+    with replayed(fill) as replay:
+        (finding,) = replay.findings()
+        assert finding.victim is not None and finding.victim.vector == 18
+        assert (finding.cause, finding.cause_event, finding.cause_frame) == (Cause.NMI_UNBLOCKED, 4, 3)
+
+
+def test_a_frame_left_before_the_blocking_unblocks_nothing() -> None:
+    def fill(w: TraceWriter) -> None:
+        w.layout = layout()
+        w.event(Kind.DELIVER, cpu=0, arg=14, source=Source.EXCEPTION, code=0, rip=0x1000, rsp=0x126000, cs=8, ss=0x10, rflags=2)
+        nmi(w, **OUTER)
+        w.event(Kind.DELIVER, cpu=0, arg=3, source=Source.SOFT_INT, code=1, rip=0x100C36, rsp=WORK, cs=8, ss=0, rflags=0x46)
+
+    with replayed(fill) as replay:
+        assert replay.stats().deliveries == 3 and len(replay.frames()) == 2  # the #PF's frame was popped
+        assert replay.cpu(0).nmi_blocked
+
+
+def test_a_real_mode_return_unblocks_nmis_and_closes_nothing() -> None:
+    def fill(w: TraceWriter) -> None:
+        w.layout = layout(returns=True)
+        nmi(w, **OUTER)
+        w.event(Kind.SMI, cpu=0)
+        w.event(Kind.RETURN, cpu=0, rsp=0x8000, addr=0x1234, value=0x9000, cs=0xF003, ss=0, rflags=2, flags=64)
+        w.event(Kind.RSM, cpu=0)
+        nmi(w, rip=0x100C00, rsp=0x10DF00, cs=8, ss=0x10, rflags=2)
+
+    with replayed(fill) as replay:
+        (finding,) = replay.findings()
+        assert (finding.rule, finding.cause, finding.cause_event) == (Rule.FRAME_CLOBBERED, Cause.NMI_UNBLOCKED, 2)
+
+
+def test_words_that_are_not_known_prove_no_repair() -> None:
+    def fill(w: TraceWriter) -> None:
+        w.layout = layout(returns=True)
+        nmi(w, **OUTER)
+        w.event(Kind.UNBLOCK, cpu=0)
+        nmi(w, **NESTED)
+        w.event(Kind.RETURN, cpu=0, rsp=0x10DFD8)
+        w.event(Kind.RETURN, cpu=0, rsp=0x10DFD8)
+
+    with replayed(fill) as replay:
+        (finding,) = replay.findings()
+        assert finding.rule == Rule.FRAME_CLOBBERED and finding.settled is None
+
+
+def test_mismatches_of_one_kind_are_one_finding_with_a_count() -> None:
+    def fill(w: TraceWriter) -> None:
+        w.layout = layout()
+        for _ in range(5):
+            w.event(Kind.DELIVER, cpu=0, arg=32, source=Source.EXTERNAL, rip=1, rsp=0x127000, cs=8, ss=0x10, rflags=2)
+
+    with replayed(fill) as replay:
+        (finding,) = replay.findings()
+        assert (finding.rule, finding.detail, finding.count) == (Rule.MODEL_MISMATCH, Mismatch.IF_CLEAR, 5)
+
+
+def test_many_user_ranges_are_looked_up_and_merged() -> None:
+    def fill(w: TraceWriter) -> None:
+        ranges = tuple(Region(0x200000 + n * 0x2000, 0x200000 + n * 0x2000 + 0x1800, 1) for n in range(2000))
+        w.layout = replace(layout(), regions=(*ranges, Region(0x200000, 0x201000, 1)))
+        for rsp in (0x201810, 0x201840, 0x202000, 0x202010):
+            w.event(Kind.DELIVER, cpu=0, arg=0, source=Source.EXCEPTION, rip=1, rsp=rsp, cs=8, ss=0, rflags=2)
+
+    with replayed(fill) as replay:
+        # [2017e8, 201810) reaches into the first range, [201fe8, 202010) into the second, the others lie between.
+        assert [finding.event for finding in replay.findings()] == [0, 3]

@@ -59,6 +59,7 @@ SETTLE_WORDS = {
     Settle.POPPED: "popped",
     Settle.OVERWRITTEN: "overwritten while open",
     Settle.DROPPED: "forgotten (gap, reset or limit)",
+    Settle.NMI: "a genuine NMI came",
 }
 
 STATUS_WORDS = {FrameStatus.LIVE: "live", FrameStatus.CLOBBERED: "overwritten", FrameStatus.MOVED: "moved"}

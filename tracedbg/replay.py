@@ -33,7 +33,7 @@ from tracedbg.trace import Trace
 
 T = TypeVar("T")
 
-ABI = 1
+ABI = 2
 CHUNK = 1 << 20  # events per call into the core when nobody asks for less
 
 if lib.tdb_abi() != ABI:  # pragma: no cover - a stale build
@@ -57,6 +57,7 @@ class Replay:
         max_pages: int = 0,
         max_frames: int = 0,
         max_findings: int = 0,
+        max_bytes: int = 0,
         iret_fault_unblocks: bool = True,
     ) -> None:
         self.trace = trace
@@ -72,19 +73,21 @@ class Replay:
             ("max_pages", max_pages),
             ("max_frames", max_frames),
             ("max_findings", max_findings),
+            ("max_bytes", max_bytes),
         ):
+            if not 0 <= value < 1 << 32 and name != "max_bytes":
+                raise ReplayError(f"{name} {value} is not a 32-bit number")
             if value:
                 setattr(config, name, value)
+        layout_c, _keep = _layout_struct(self.layout, trace)  # the core copies it
         self._events = ffi.from_buffer("struct tdb_event[]", trace.events)
         self._payload = ffi.from_buffer("uint8_t[]", trace.payload)
-        layout_c, keep = _layout_struct(self.layout, trace)
         out = ffi.new("tdb_replay **")
         status = lib.tdb_open(config, self._events, trace.count, trace.cpus, self._payload, len(trace.payload), layout_c, out)
         if status < 0:
             self._release()
             raise ReplayError(f"replay core: {ffi.string(lib.tdb_strerror(status)).decode()}")
         self._handle = out[0]
-        self._keep = keep  # initial memory is borrowed by the core
 
     def close(self) -> None:
         """Release the core, then the buffers of the trace."""

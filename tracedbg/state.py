@@ -149,6 +149,7 @@ class Settle(IntEnum):
     POPPED = 6
     OVERWRITTEN = 7
     DROPPED = 8
+    NMI = 9
 
 
 class ShutdownReason(IntEnum):
@@ -345,6 +346,7 @@ class Stats:
     pages: int
     frames: int
     interval: int
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True)

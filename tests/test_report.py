@@ -10,10 +10,10 @@ import pytest
 from samples import CLOBBER, IST_NMI, LOOP, OUTER, STATS, VICTIM, fill_race, race
 
 from tracedbg.describe import Words
-from tracedbg.layout import Layout
+from tracedbg.layout import CpuTables, Gate, Idt, Layout, Tss
 from tracedbg.replay import Replay
 from tracedbg.report import Result, json_report, state_text, text, unknown_reasons, verdict
-from tracedbg.state import Cause, Evidence, Finding, Kind, Rule
+from tracedbg.state import Cause, Evidence, Finding, Kind, Rule, Source
 from tracedbg.trace import Trace, TraceWriter, build
 
 
@@ -219,3 +219,22 @@ def test_what_was_not_judged_is_said() -> None:
     assert lines(value)[-1] == "verdict: clean, but no delivery could be judged"
     value = result(stats=replace(STATS, unjudged=1))
     assert lines(value)[1] == "  not judged: 1 delivery with a TSS, a gate or registers that are not known"
+
+
+def test_inferred_overwrites_fold_by_stack() -> None:
+    """#DBs over #DBs whose return nothing shows, each at another place of the same thread: one line with a count."""
+
+    def fill(writer: TraceWriter) -> None:
+        gate = Gate(0x1000, 8, 1)
+        tss = Tss(0x5000, ist=(None, 0x20000, *(None,) * 6))
+        writer.layout = Layout((tss,), (Idt(0x6000, {1: gate}),), (CpuTables(0, 0),)).with_stacks()
+        for number in range(5):
+            at = {"rip": 0x9000 + number, "rsp": 0x90000 - 64 * number, "cs": 8, "ss": 0, "rflags": 2}
+            writer.event(Kind.DELIVER, cpu=0, arg=1, source=Source.EXCEPTION, **at)
+
+    with build(fill) as trace, Replay(trace) as replay:
+        replay.scan_all()
+        assert len(replay.findings()) == 4
+        said = list(text.render(Result("x", trace, Words(trace), replay.findings(), replay.stats())))
+    assert sum(line.startswith("warning: frame-clobbered") for line in said) == 1
+    assert any("4 times, first at event 1" in line for line in said)

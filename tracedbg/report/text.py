@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from tracedbg import rules
 from tracedbg.describe import SETTLE_WORDS
 from tracedbg.report import Result, layout_notes, not_judged, verdict
-from tracedbg.state import Finding, Frame, Rule, Settle
+from tracedbg.state import Evidence, Finding, Frame, Rule, Settle
 from tracedbg.text import WIDTH, clean, clean_path, wrap
 
 FoldKey = tuple[object, ...]
@@ -67,9 +67,14 @@ def fold(result: Result) -> list[list[Finding]]:
 
 
 def _fold_key(result: Result, finding: Finding) -> FoldKey:
+    # Where it was interrupted tells apart what is known to have happened, not what is only inferred: that folds by stack.
+    inferred = rules.finding_evidence(finding, result.position) <= Evidence.INFERRED
+
     def place(frame: Frame | None) -> tuple[object, ...]:
         if frame is None:
             return ()
+        if inferred:
+            return (frame.vector, frame.source, frame.ist)
         found = None if frame.saved.rip is None else result.words.symbols.lookup(frame.saved.rip)
         return (frame.vector, frame.source, frame.ist, found[0] if found is not None else frame.saved.rip)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import pty
+import shlex
 import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -119,6 +122,11 @@ def test_of_several_traces_the_worst_counts(run_cli: Cli, race_file: Path, clean
         (["replay", "--monitor", "m", "race.tdbg"], "--monitor belongs to the log of an emulator"),
         (["replay", "--symbols", "race.tdbg", "race.tdbg"], "not a line of a symbol map"),
         (["replay", "-", "-"], "standard input can be read only once"),
+        (["info", "-", "-"], "standard input can be read only once"),
+        (["convert", "-", "-", "out.tdbg"], "standard input can be read only once"),
+        (["convert", "race.tdbg", ""], "the name of the output is empty"),
+        (["replay", "-o", "", "race.tdbg"], "the name of the output is empty"),
+        (["convert", "race.tdbg", "--force", "."], ".: is a directory"),
         (["repaly", "race.tdbg"], "repaly: no such file or command; did you mean replay?"),
         (["race.tdbg"], "the viewer needs a terminal"),
         (["view", "race.tdbg"], "the viewer needs a terminal"),
@@ -314,6 +322,219 @@ def test_convert_leaves_nothing_behind_when_it_fails(run_cli: Cli, tmp_path: Pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad"]
 
 
+# -- outputs that are no plain files ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> tuple[Path, list[bytes], threading.Thread]:
+    """A FIFO, and what is read from it."""
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    got: list[bytes] = []
+    thread = threading.Thread(target=lambda: got.append(path.read_bytes()), daemon=True)
+    thread.start()
+    return path, got, thread
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+@pytest.mark.parametrize(("words", "code"), [(["replay", "race.tdbg", "-o", "fifo"], 1), (["convert", "race.tdbg", "fifo"], 0)])
+def test_a_fifo_is_written_to(
+    run_cli: Cli, race_file: Path, fifo: tuple[Path, list[bytes], threading.Thread], words: list[str], code: int, force: list[str]
+) -> None:
+    path, got, thread = fifo
+    assert run_cli(*words, *force, code=code).stderr == ""
+    thread.join(20)
+    assert stat.S_ISFIFO(path.lstat().st_mode)
+    assert got == [race_file.read_bytes()] if words[0] == "convert" else got[0].endswith(b"verdict: 1 error\n")
+
+
+def test_a_device_stays_a_device(run_cli: Cli, race_file: Path, tmp_path: Path) -> None:
+    node = tmp_path / "null"  # not the one of the machine: this test must not break it
+    try:
+        os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        node.open("wb").close()
+    except OSError:
+        pytest.skip("device nodes cannot be made here")
+    for force in ([], ["--force"]):
+        run_cli("convert", "race.tdbg", "null", *force, code=0)
+        run_cli("replay", "race.tdbg", "-o", "null", *force, code=1)
+    assert stat.S_ISCHR(node.lstat().st_mode)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["null", "race.tdbg"]
+
+
+def test_a_link_stays_and_its_target_is_replaced(run_cli: Cli, race_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to("real.txt")
+    assert "exists; --force" in run_cli("replay", "race.tdbg", "-o", "link.txt", code=2).stderr
+    run_cli("replay", "race.tdbg", "-o", "link.txt", "--force", code=1)
+    assert (tmp_path / "link.txt").is_symlink() and (tmp_path / "real.txt").read_text().endswith("verdict: 1 error\n")
+
+
+def test_dev_stdout_is_standard_output(run_cli: Cli, race_file: Path, tmp_path: Path) -> None:
+    assert run_cli("replay", "race.tdbg", "-o", "/dev/stdout", code=1).stdout.endswith("verdict: 1 error\n")
+    assert run_cli("convert", "race.tdbg", "/dev/stdout", code=0, binary=True).stdout == race_file.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "ä" * 127])
+def test_long_names_of_outputs(run_cli: Cli, race_file: Path, tmp_path: Path, name: str) -> None:
+    run_cli("convert", "race.tdbg", name, code=0)
+    run_cli("replay", "race.tdbg", "-o", name, "--force", code=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["race.tdbg", name]
+
+
+# -- what goes wrong around the program -----------------------------------------------------------------------------------
+
+
+def run_script(root: Path, folder: Path, script: str, *words: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """`main(words)` in a process of its own, after something was changed."""
+    text = f"import os, signal, sys, time\n{script}\nfrom tracedbg.cli import main\nsys.exit(main(sys.argv[1:]))\n"
+    return subprocess.run(
+        [sys.executable, "-c", text, *map(str, words)], capture_output=True, text=True, check=False, timeout=60, cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(root), **env},
+    )  # fmt: skip
+
+
+BROKEN = "import tracedbg.commands.explain as e\ndef run(args): raise ZeroDivisionError('x\\x1b\\ny')\ne.run = run"
+
+
+def test_an_internal_error_is_no_finding(root: Path, tmp_path: Path) -> None:
+    done = run_script(root, tmp_path, BROKEN, "explain")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "tracedbg: internal error: ZeroDivisionError: x??y (please report)\n"
+    done = run_script(root, tmp_path, BROKEN, "explain", TRACEDBG_TRACEBACK="1")
+    assert done.returncode == 2 and "Traceback" in done.stderr
+
+
+def test_ctrl_c_while_modules_are_loaded_exits_130(root: Path, tmp_path: Path, race_file: Path) -> None:
+    script = (
+        "class Finder:\n    def find_spec(self, name, *rest):\n        if name == 'tracedbg.replay': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder())"
+    )
+    done = run_script(root, tmp_path, script, "replay", race_file)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\n")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_a_signal_leaves_nothing_half_written(root: Path, tmp_path: Path, race_file: Path, name: str, code: int) -> None:
+    script = (
+        "import tracedbg.commands.common as c\n"
+        f"def at(*rest):\n    os.kill(os.getpid(), signal.{name})\n    time.sleep(20)\nc.Progress.at = at"
+    )
+    done = run_script(root, tmp_path, script, "convert", "race.tdbg", "out.tdbg")
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (code, "", "")
+    assert [p.name for p in tmp_path.iterdir()] == ["race.tdbg"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored(root: Path, tmp_path: Path, race_file: Path) -> None:
+    script = (
+        "import tracedbg.commands.common as c\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "def at(*rest):\n    os.kill(os.getpid(), signal.SIGHUP)\nc.Progress.at = at"
+    )
+    assert run_script(root, tmp_path, script, "convert", "race.tdbg", "out.tdbg").returncode == 0
+
+
+def test_an_error_of_a_mapped_trace_is_not_hidden(root: Path, tmp_path: Path, race_file: Path) -> None:
+    script = "import tracedbg.trace as t\nt.SMALL = 0"
+    done = run_script(root, tmp_path, script, "convert", "race.tdbg", "no/where.tdbg")
+    assert (done.returncode, done.stderr) == (2, "tracedbg: no/where.tdbg: no such file or directory\n")
+    script += (
+        "\nimport tracedbg.commands.common as c\n"
+        "def at(*rest): raise OSError(28, 'No space left on device')\nc.Progress.at = at"
+    )
+    done = run_script(root, tmp_path, script, "convert", "race.tdbg", "out.tdbg")
+    assert done.returncode == 2 and "no space left" in done.stderr and done.stderr.count("\n") == 1
+
+
+UNBUFFERED = pytest.mark.parametrize("unbuffered", ["", "1"])
+
+
+@UNBUFFERED
+@pytest.mark.parametrize(
+    ("words", "redirection", "code"),
+    [
+        ("--help", ">/dev/full", 2),
+        ("--version", ">/dev/full", 2),
+        ("replay --help", ">/dev/full", 2),
+        ("explain", ">/dev/full", 2),
+        ("replay race.tdbg", ">/dev/full", 2),
+        ("replay missing", "2>/dev/full", 2),
+        ("replay --nonsense", "2>/dev/full", 2),
+        ("", "2>/dev/full", 2),
+        ("replay bare.tdbg", "2>/dev/full", 3),
+        ("replay race.tdbg", ">&-", 2),
+        ("--version", ">&-", 2),
+        ("info race.tdbg", "2>&-", 0),
+        ("replay missing", "2>&-", 2),
+        ("replay race.tdbg", "<&-", 1),
+        ("replay -", "<&-", 2),
+        ("race.tdbg", "<&-", 2),
+        ("replay race.tdbg", "<&- >&- 2>&-", 2),
+    ],
+)
+def test_streams_that_are_full_or_closed(
+    root: Path, race_file: Path, tmp_path: Path, words: str, redirection: str, code: int, unbuffered: str
+) -> None:
+    write_race(tmp_path / "bare.tdbg", layout=Layout())
+    line = f"{shlex.quote(sys.executable)} -m tracedbg {words} {redirection}"
+    done = subprocess.run(
+        ["sh", "-c", line], capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("\n") == (code == 2 and "2>" not in redirection), done.stderr
+    assert done.stderr == "" or done.stderr.startswith("tracedbg: ")
+
+
+def test_the_viewer_needs_stderr_too(root: Path, race_file: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tracedbg", str(race_file)], stdin=theirs, stdout=theirs, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(root), "TERM": "xterm"}, cwd=tmp_path,
+    )  # fmt: skip
+    try:
+        _, err = process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        pytest.fail("the viewer runs without seeing its terminal")
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert process.returncode == 2 and b"the viewer needs a terminal" in err
+
+
+def test_the_monitor_commands_of_many_cpus_are_cut(run_cli: Cli, tmp_path: Path) -> None:
+    with TraceWriter(tmp_path / "bare.tdbg") as writer:
+        fill_race(writer)
+        writer.layout = Layout()
+        writer.meta = {"layout": {"commands": [line for n in range(9) for line in (f"cpu {n}", f"x /26xw {n:#x}")]}}
+    said = run_cli("replay", "bare.tdbg", code=3).stderr.splitlines()
+    assert said[-3:] == ["    cpu 3", "    x /26xw 0x3", "    and 5 more CPUs"] and len(said) == 10
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_layout_is_laid_over_a_native_trace_however_it_comes(run_cli: Cli, tmp_path: Path, packed: bool) -> None:
+    write_race(tmp_path / "bare.tdbg", layout=Layout())
+    (tmp_path / "tables.toml").write_text(to_toml(replace(LAYOUT, regions=())))
+    data = (tmp_path / "bare.tdbg").read_bytes()
+    data = gzip.compress(data) if packed else data
+    (tmp_path / "again").write_bytes(data)
+    os.mkfifo(tmp_path / "fifo")
+    threading.Thread(target=lambda: (tmp_path / "fifo").write_bytes(data), daemon=True).start()
+    for name, stdin in (("again", b""), ("fifo", b""), ("-", data)):
+        done = run_cli("replay", "--layout", "tables.toml", name, stdin=stdin, code=1)
+        assert "verdict: 1 error" in done.stdout
+        assert run_cli("info", "-", stdin=data, code=0).stdout.startswith("-: native trace, format 1.0\n")
+
+
+def test_a_layout_of_more_cpus_than_the_trace(run_cli: Cli, tmp_path: Path) -> None:
+    write_race(tmp_path / "bare.tdbg", layout=Layout())
+    (tmp_path / "two.toml").write_text(to_toml(replace(LAYOUT, regions=(), cpus=LAYOUT.cpus * 2)))
+    assert "events, 2 CPUs" in run_cli("replay", "--layout", "two.toml", "bare.tdbg", code=1).stdout
+    run_cli("convert", "--layout", "two.toml", "bare.tdbg", "two.tdbg", code=0)
+    assert "events, 2 CPUs" in run_cli("replay", "two.tdbg", code=1).stdout
+
+
 # -- info, explain, help ------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +555,26 @@ def test_info_of_nothing(run_cli: Cli, tmp_path: Path) -> None:
         pass
     assert "events: 0, 1 CPU" in run_cli("info", "-v", "empty.tdbg", code=0).stdout
     assert run_cli("replay", "empty.tdbg", code=0).stdout.endswith("verdict: clean\n")
+
+
+def test_info_of_every_vector_and_source_takes_seconds(run_cli: Cli, tmp_path: Path) -> None:
+    with TraceWriter(tmp_path / "all.tdbg") as writer:
+        for number in range(65536):
+            writer.event(Kind.DELIVER, arg=number & 255, source=number >> 8, rip=number)
+    begin = time.monotonic()
+    said = run_cli("info", "all.tdbg", code=0).stdout
+    assert time.monotonic() - begin < 20
+    assert "  deliver            65,536\n" in said
+
+
+def test_info_of_a_deep_meta(run_cli: Cli, tmp_path: Path) -> None:
+    deep: object = "bottom"
+    for n in range(400):
+        deep = [deep] if n % 2 else {"k": deep}
+    with TraceWriter(tmp_path / "deep.tdbg") as writer:
+        writer.meta = {"a": deep, "b": {"c": "text", "d": deep}, "e": [["flat"]]}
+    said = run_cli("info", "deep.tdbg", code=0).stdout
+    assert "…" in said and "bottom" not in said and "e: flat\n" in said
 
 
 def test_explain(run_cli: Cli) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import os
 import random
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +22,11 @@ import zstandard
 from dumpjson import layout_of_dump
 
 from tracedbg.errors import FormatError, UsageError
-from tracedbg.formats import ReaderOptions, convert_input, open_input, open_inputs, qemu_text
+from tracedbg.formats import ReaderOptions, convert_input, open_input, open_inputs, qemu_monitor, qemu_text
+from tracedbg.formats.source import Input
 from tracedbg.layout import REGION_STORES, REGION_USER, CpuTables, Fidelity, from_toml
 from tracedbg.state import Event, EventFlag, Kind, Known, Source
+from tracedbg.symbols import Symbols
 from tracedbg.trace import Trace, TraceWriter
 
 DATA = Path(__file__).parent / "data" / "qemu"
@@ -341,6 +347,11 @@ def test_a_log_of_its_v_lines_only_still_gives_events(tmp_path: Path) -> None:
     assert trace.meta["layout"]["commands"][:2] == ["cpu 0", "info registers"]
 
 
+def test_v_lines_only_keep_the_address_of_every_page_fault(tmp_path: Path) -> None:
+    text = "".join(head(n, 14, 0x1000 + n, 0x9000) + tail(14, 0x7000 + n) + "\n" for n in range(600))
+    assert [e.value for e in deliveries(read_bytes(tmp_path, text.encode()))] == [0x7000 + n for n in range(600)]
+
+
 def test_v_lines_only_take_the_tables_of_the_monitor_text(tmp_path: Path) -> None:
     full = (DATA / "istlab/a/qemu.log").read_bytes()
     lines = b"".join(line + b"\n" for line in full.split(b"\n") if b" v=" in line)
@@ -605,6 +616,164 @@ def test_a_bomb_is_refused() -> None:
     )
     assert b"FormatError" in done.stderr
     assert b"not a log" in done.stderr
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress], ids=["gzip", "zstd"])
+def test_a_packed_log_that_is_cut_short_is_refused_wherever_it_is_cut(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    plain = (DATA / "istlab/a/qemu.log").read_bytes()
+    data = pack(plain) + pack(plain[:999])
+    whole = len(pack(plain))
+    for cut in [*range(5, len(data), 97), whole - 1, whole + 1, len(data) - 1]:
+        path = tmp_path / "log"
+        path.write_bytes(data[:cut])
+        with pytest.raises(FormatError, match="data is cut short") as caught:
+            open_input(str(path), options=ReaderOptions(from_format="qemu-int", discover=False))
+        assert caught.value.offset == cut
+    assert read_bytes(tmp_path, data[:whole]).count == 5  # between two frames nothing is missing
+
+
+def test_many_empty_frames_and_members_take_linear_time(tmp_path: Path) -> None:
+    plain = (DATA / "istlab/a/qemu.log").read_bytes()
+    for pack in (gzip.compress, zstandard.compress):
+        start = time.monotonic()
+        assert read_bytes(tmp_path, pack(b"") * ((2 << 20) // len(pack(b""))) + pack(plain)).count == 5
+        assert time.monotonic() - start < 6
+
+
+def test_what_zstd_expands_to_comes_in_bounded_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(zstandard.compress(b"CPU Reset (CPU 0)\n" + b"\0" * (200 << 20)))
+    with Input(str(path)) as opened:
+        assert max(len(piece) for piece in opened.chunks()) <= 64 << 20
+        assert opened.bytes == (200 << 20) + 18
+
+
+HOSTILE = {
+    "newlines": b"\n",
+    "returns": b"\r\n",
+    "spaces": b" ",
+    "tabs": b"\t",
+    "digits": b"1",
+    "nuls": b"\0",
+    "dashes": b"-",
+    "cpu": b"CPU#",
+    "cpu lines": b"CPU#0 \n",
+    "cpu digits": b"CPU#" + b"1" * 4000 + b" ",
+    "v": b": v=",
+    "v lines": b"1: v\n",
+    "heads": b" 1: v=02 e=0000 i=0 cpl=0 IP=0008:",
+    "spaces before v": b" " * 60000 + b": v=\n",
+    "digits before v": b"1" * 60000 + b": v=\n",
+    "tails": b" CR2=0000000000000000\n",
+    "long tails": b" CR2=0000000000000000",
+    "registers": b"RAX=00000000",
+    "small dumps": b"EAX=00000000\nEFER=\n",
+    "torn registers": b"RIP=Triple fault\n",
+    "times": b"1@1.",
+    "long times": b"1" * 4000 + b"@",
+    "plugin": b"PLG cpu=0 st pc=" + b"0" * 16 + b"\n",
+    "plugin values": b"PLG cpu=0 st pc=" + b"0" * 16 + b" va=" + b"0" * 16 + b" sz=1 val=" + b"0" * 4000 + b"\n",
+    "escapes": b"\x1b[1",
+    "backspaces": b"a\x08",
+    "memory": b"0000000000105100: 0x00000000\n",
+    "words": b" 0x00000000",
+    "words with blanks": b" " * 500 + b"00",
+    "memory commands": b"xp " + b" " * 500,
+}
+
+
+@pytest.mark.parametrize("piece", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_text_is_read_in_linear_time(tmp_path: Path, piece: bytes) -> None:
+    size = 1 << 18
+    lead = (head(0, 3, 0x1000, 0x9000) + tail(3) + "\n").encode()
+    many = b"Triple fault\nCPU Reset (CPU 0)\n" * 2000  # that wait behind the `v=` line without a register dump
+    text = (piece * (size // len(piece) + 1))[:size]
+    lines = b"".join(text[at : at + 60000] + b": v=\n" for at in range(0, size, 60000))  # none longer than the limit
+    two = lead + (head(1, 14, 0x1000, 0x9000) + "\n").encode() + many
+    start = time.monotonic()
+    for data in (text, lines, two + text, two + lines, lead + b"RAX=00000000\n" + lines, b"0000000000105100:" + text):
+        for form in (None, "qemu-int"):
+            with contextlib.suppress(FormatError):
+                read_bytes(tmp_path, data, ReaderOptions(from_format=form, discover=False))
+        with contextlib.suppress(FormatError):
+            qemu_monitor.parse(data, "m")
+        with contextlib.suppress(FormatError):
+            Symbols.parse(data)
+    assert time.monotonic() - start < 10  # a tenth of it is usual; what grows with the square takes minutes
+
+
+@pytest.mark.parametrize("first", ["     1: v", "1: v=02 ", "RAX=0000000000000001 ", "RSI=0"], ids=["v", "v=", "rax", "rsi"])
+def test_a_line_that_is_torn_without_end_is_damaged_once_it_is_longer_than_a_real_one(tmp_path: Path, first: str) -> None:
+    begin = event(0, 0x20, 0x1000, 0x9000) + head(1, 3, 0x1000, 0x9000) + tail(3) + "\n"
+    if first.startswith("RSI"):
+        begin += "RAX=0000000000000001\n"
+    text = begin + first + ("x" * 1000 + "Triple fault\n") * 1000 + event(2, 0x20, 0x1000, 0x9000)
+    start = time.monotonic()
+    trace = read_bytes(tmp_path, text.encode())
+    assert time.monotonic() - start < 10
+    assert [e.source_index for e in deliveries(trace)][0::2] == [0, 2]
+    counts = trace.meta["counts"]
+    assert counts["damaged"] >= 1
+    assert counts["torn_repaired"] <= 2
+
+
+def test_lines_that_are_not_understood_are_counted(tmp_path: Path) -> None:
+    noise = "this is no log\n\nCPU of some other program\n  and more\n"
+    assert read_bytes(tmp_path, ("CPU Reset (CPU 0)\n" + noise * 5).encode()).meta["counts"]["other_lines"] == 15
+    plain = event(0, 0x20, 0x1000, 0x9000) + "CPU Reset (CPU 0)\n" + block(0x1000, 0x9000)
+    after = "FCW=037f FSW=0000 [ST=0] FTW=00 MXCSR=00001f80\nFPR0=0000000000000000 0000 FPR1=0000000000000000 0000\n"
+    for text in (plain, plain + after, "12@1.000001:apic_deliver_irq x\n" + plain):
+        assert read_bytes(tmp_path, text.encode()).meta["counts"]["other_lines"] == 0
+    for name in ("linux/l2_torn_excerpt.log.gz", "istlab-plugin/a/qemu.log.gz", "kvm-unit-tests/eventinj.log.gz"):
+        assert open_input(str(DATA / name)).meta["counts"]["other_lines"] == 0
+
+
+def test_a_trace_says_which_foreign_format_it_was_read_from(tmp_path: Path) -> None:
+    log = DATA / "istlab/a/qemu.log"
+    assert open_input(str(log)).foreign == "qemu-int"
+    native = tmp_path / "a.tdbg"
+    with TraceWriter(native) as writer:
+        convert_input([str(log)], writer)
+    packed = tmp_path / "a.tdbg.zst"
+    packed.write_bytes(zstandard.compress(native.read_bytes()))
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    feeder = threading.Thread(target=fifo.write_bytes, args=(native.read_bytes(),))
+    feeder.start()
+    for path in (native, packed, fifo):
+        assert open_input(str(path)).foreign is None
+    feeder.join()
+    for path in (native, packed):
+        for form in (None, "tracedbg"):
+            with pytest.raises(UsageError, match="--monitor belongs to the log of an emulator"):
+                open_input(str(path), from_format=form, options=ReaderOptions(monitor=("mon_01.txt",)))
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/urandom"])
+def test_a_device_named_as_a_native_trace_is_refused_at_once(name: str) -> None:
+    with pytest.raises(FormatError, match="wrong magic"):
+        open_input(name, from_format="tracedbg")
+
+
+def test_monitor_text_may_be_packed_or_on_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, monitor = DATA / "istlab/a/qemu.log", DATA / "istlab/a/mon_01_start.txt"
+    want = open_input(str(log), options=ReaderOptions(monitor=(str(monitor),))).layout
+    assert not want.is_empty
+    for pack in (gzip.compress, zstandard.compress):
+        path = tmp_path / "mon"
+        path.write_bytes(pack(monitor.read_bytes()))
+        assert open_input(str(log), options=ReaderOptions(monitor=(str(path),))).layout == want
+        path.write_bytes(pack(monitor.read_bytes())[:-9])
+        with pytest.raises(FormatError, match="cut short"):
+            open_input(str(log), options=ReaderOptions(monitor=(str(path),)))
+    path.write_bytes(zstandard.compress(b"\n" * (qemu_monitor.MAX_TEXT + 1)))
+    with pytest.raises(FormatError, match="too large"):
+        open_input(str(log), options=ReaderOptions(monitor=(str(path),)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(monitor.read_bytes())))
+    assert open_input(str(log), options=ReaderOptions(monitor=("-",))).layout == want
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(log.read_bytes())))
+    with pytest.raises(UsageError, match="standard input"):
+        open_input("-", options=ReaderOptions(monitor=("-",)))
 
 
 # -- large logs ------------------------------------------------------------------------------------------------------------

@@ -88,3 +88,11 @@ def test_absurd_numbers_are_refused() -> None:
 def test_bytes_that_are_no_text_never_raise_anything_but_format_error(text: bytes) -> None:
     with contextlib.suppress(FormatError):
         parse(text, "m")
+
+
+def test_what_looks_like_monitor_text_is_told_by_a_line_of_its_own() -> None:
+    for text in (WORDS, b"x\r\nCPU#0\r\n", b" \tCPU#12 \n", b"CPU#3"):
+        assert qemu_monitor.looks_like_monitor(text)
+    long = 1 << 20
+    for text in (b"CPU#\n0\n", b"on CPU#0\n", b"CPU#0 is\n", b"\n" * long, b" " * long, b"CPU#" + b"0" * long + b"x"):
+        assert not qemu_monitor.looks_like_monitor(text)

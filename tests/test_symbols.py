@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import os
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,6 +82,51 @@ def test_files_may_be_packed(tmp_path: Path, pack) -> None:  # type: ignore[no-u
     path = tmp_path / "System.map"
     path.write_bytes(pack(KALLSYMS))
     assert len(Symbols.load(str(path))) == 4
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress], ids=["plain", "gzip", "zstd"])
+def test_files_may_come_from_a_pipe(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+
+    def feed() -> None:
+        data = pack(KALLSYMS)
+        with open(path, "wb", buffering=0) as file:
+            file.write(data[:1])  # the first read gives less than the magic
+            time.sleep(0.1)
+            file.write(data[1:])
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    assert len(Symbols.load(str(path))) == 4
+    feeder.join()
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress], ids=["gzip", "zstd"])
+def test_packed_files_may_have_several_parts_but_not_end_inside_of_one(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "map"
+    first, second = pack(KALLSYMS[:200]), pack(KALLSYMS[200:])
+    path.write_bytes(first + second)
+    assert len(Symbols.load(str(path))) == 4
+    for cut in (5, len(first) - 1, len(first) + 5, len(first + second) - 1):
+        path.write_bytes((first + second)[:cut])
+        with pytest.raises(FormatError, match="damaged packing"):
+            Symbols.load(str(path))
+
+
+def test_a_packed_file_that_expands_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tracedbg.symbols.MAX_FILE", 1 << 20)
+    for pack in (bytes, gzip.compress, zstandard.compress):
+        path = tmp_path / "map"
+        path.write_bytes(pack(b"\n" * (3 << 20)))
+        with pytest.raises(FormatError, match="larger than 1 MiB"):
+            Symbols.load(str(path))
+
+
+def test_blank_lines_without_end_are_no_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tracedbg.symbols.MAX_LINES", 100)
+    with pytest.raises(FormatError, match="more than 100 lines"):
+        Symbols.parse(b"\n" * 101)
 
 
 def test_section_round_trip_and_subset() -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import stat
+import threading
+import time
+import zlib
 from pathlib import Path
 
 import pytest
 
+from tracedbg import trace as trace_module
 from tracedbg import wire
-from tracedbg.errors import FormatError, TracedbgError, UsageError
+from tracedbg.errors import FormatError, ReplayError, TracedbgError, UsageError
 from tracedbg.layout import CpuTables, Fidelity, Gate, Idt, Layout, Region, Tss, from_toml, to_toml
+from tracedbg.replay import Replay
 from tracedbg.state import EventFlag, Kind, Known, Source
 from tracedbg.trace import MemoryRange, Trace, TraceWriter, build
 
@@ -135,8 +141,6 @@ def test_not_a_trace(data: bytes, message: str) -> None:
 
 
 def rebuilt(**changes: int) -> bytes:
-    import zlib
-
     data = bytearray(small_file())
     head = wire.HEADER.parse(bytes(data[:64]))
     head.update(changes)
@@ -167,8 +171,11 @@ def test_absurd_layout_counts() -> None:
     for field in range(4):
         bad = bytearray(data)
         bad[field * 4 : field * 4 + 4] = b"\xff\xff\xff\x7f"
-        with pytest.raises(FormatError, match="needs"):
+        with pytest.raises(FormatError, match="absurd number of") as caught:
             Layout.from_bytes(bytes(bad), "x", 0)
+        assert caught.value.offset == field * 4
+    with pytest.raises(FormatError, match="needs"):
+        Layout.from_bytes(data[:-1], "x", 0)
 
 
 def test_a_killed_writer_leaves_a_readable_file(tmp_path: Path) -> None:
@@ -236,3 +243,199 @@ def test_event_of_an_unknown_kind_is_shown_as_unknown() -> None:
     with build(lambda w: w.append(wire.EVENT_PACK.pack(*[0] * 12, 77, 0, 99, 0))) as trace:
         event = trace.event(0)
         assert event.kind == Kind.UNKNOWN and event.source == Source.UNKNOWN
+
+
+# -- outputs that are no plain files ------------------------------------------------------------------------------------
+
+
+def reader_of(fifo: Path) -> tuple[threading.Thread, list[bytes]]:
+    got: list[bytes] = []
+    thread = threading.Thread(target=lambda: got.append(fifo.read_bytes()), daemon=True)
+    thread.start()
+    return thread, got
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+@pytest.mark.parametrize("force", [True, False])
+def test_a_fifo_is_written_to(tmp_path: Path, force: bool, atomic: bool) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    thread, got = reader_of(fifo)
+    with TraceWriter(fifo, cpus=2, clock_hz=1000, force=force, atomic=atomic) as writer:
+        fill(writer)
+    thread.join(20)
+    assert got == [small_file()]
+    assert stat.S_ISFIFO(fifo.lstat().st_mode) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_device_stays_a_device(tmp_path: Path) -> None:
+    node = tmp_path / "null"  # not the one of the machine: this test must not break it
+    try:
+        os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        node.open("wb").close()
+    except OSError:
+        pytest.skip("device nodes cannot be made here")
+    (tmp_path / "link").symlink_to("null")
+    for path in (node, tmp_path / "link"):
+        for force in (True, False):
+            with TraceWriter(path, cpus=2, force=force) as writer:
+                fill(writer)
+            with pytest.raises(RuntimeError), TraceWriter(path, cpus=2, force=force) as writer:
+                raise RuntimeError
+    assert stat.S_ISCHR(node.lstat().st_mode) and (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "null"]
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    target = tmp_path / "far" / "real.tdbg"
+    target.write_bytes(b"old")
+    link = tmp_path / "link.tdbg"
+    link.symlink_to("far/real.tdbg")
+    with pytest.raises(UsageError, match="--force"):
+        TraceWriter(link)
+    with TraceWriter(link, cpus=2, clock_hz=1000, force=True) as writer:
+        fill(writer)
+    assert link.is_symlink() and target.read_bytes() == small_file()
+    target.unlink()  # a link to nothing: nothing is overwritten
+    with TraceWriter(link, cpus=2, clock_hz=1000) as writer:
+        fill(writer)
+    assert link.is_symlink() and target.read_bytes() == small_file()
+
+
+def test_names_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="is a directory"):
+        TraceWriter(tmp_path, force=True)
+    with pytest.raises(UsageError, match="empty"):
+        TraceWriter("", force=True)
+    with pytest.raises(FormatError, match="too long"):
+        TraceWriter(tmp_path / ("x" * 300))
+    for name in ("x" * 255, "ä" * 127, "\udcff" * 250):
+        with TraceWriter(tmp_path / name, cpus=2) as writer:
+            fill(writer)
+        assert (tmp_path / name).exists()
+
+
+class Full(io.BytesIO):
+    """A disk without space."""
+
+    def write(self, data: object) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_said_whenever_it_is_noticed(tmp_path: Path) -> None:
+    writer = TraceWriter(Full())
+    fill(writer)
+    with pytest.raises(FormatError, match="no space left"):
+        writer.flush()
+    writer = TraceWriter(tmp_path / "x.tdbg", cpus=2)
+    fill(writer)
+    writer._file.close()
+    writer._file = Full()
+    with pytest.raises(FormatError, match=r"x\.tdbg: no space left"):
+        writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whatever_stops_the_end_of_a_file_leaves_nothing(tmp_path: Path) -> None:
+    writer = TraceWriter(tmp_path / "x.tdbg")
+    writer.meta = {"deep": 1}
+    for _ in range(2000):
+        writer.meta = {"deep": writer.meta}
+    with pytest.raises(FormatError, match="nested too deeply"):
+        writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- mapped traces --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trace:
+    monkeypatch.setattr(trace_module, "SMALL", 0)
+    (tmp_path / "big.tdbg").write_bytes(small_file())
+    return Trace.open(tmp_path / "big.tdbg")
+
+
+def test_slices_that_others_hold_do_not_hide_an_error(mapped: Trace) -> None:
+    held = mapped.events[64:128]
+    mapped.close()
+    mapped.close()
+    assert bytes(held)[60] == Kind.WRITE  # the mapping lives as long as the slice
+
+
+def test_a_damaged_mapped_trace_is_said_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace_module, "SMALL", 0)
+    (tmp_path / "big.tdbg").write_bytes(small_file()[:-70])
+    with pytest.raises(FormatError, match="offset"):
+        Trace.open(tmp_path / "big.tdbg")
+
+
+def test_a_replay_that_cannot_open_lets_go_of_the_trace(mapped: Trace) -> None:
+    mapped.cpus = 1 << 40
+    with pytest.raises((OverflowError, ReplayError)):
+        Replay(mapped)
+    mapped.events.release()
+    mapped.close()
+
+
+def test_a_closed_replay_says_so() -> None:
+    with Trace.from_bytes(small_file()) as trace:
+        with Replay(trace) as replay:
+            replay.scan_all()
+        replay.close()
+        for call in (replay.scan, replay.findings, replay.stats, replay.digest, replay.stacks, lambda: replay.position,
+                     lambda: replay.cpu(0), lambda: replay.tss(0), lambda: replay.find(0), lambda: replay.seek(1)):  # fmt: skip
+            with pytest.raises(ReplayError, match="the replay is closed"):
+                call()
+
+
+# -- more of damaged files ------------------------------------------------------------------------------------------------
+
+
+def with_section(kind: str, data: bytes, *, finished: bool) -> bytes:
+    """A file of no events and one section."""
+    at = 64 + 2 * 32
+    table = wire.SECTION.build({"kind": 1, "crc": 0, "offset": at, "length": 0, "reserved": 0}) + wire.SECTION.build(
+        {"kind": wire.SECTION_KINDS[kind], "crc": zlib.crc32(data), "offset": at, "length": len(data), "reserved": 0}
+    )
+    head = {
+        "magic": wire.MAGIC, "major": 1, "minor": 0, "flags": int(finished), "clock_hz": 0, "cpus": 1, "section_count": 2,
+        "table_offset": 64, "reserved": 0, "reserved2": 0, "table_crc": zlib.crc32(table), "header_crc": 0,
+    }  # fmt: skip
+    raw = wire.HEADER.build(head)
+    return raw[:-4] + zlib.crc32(raw).to_bytes(4, "little") + table + data
+
+
+@pytest.mark.parametrize("size", [1, 4, 6, 64])
+def test_an_unfinished_trace_has_no_checksums(size: int) -> None:
+    with Trace.from_bytes(with_section("CHECKS", b"x" * size, finished=False)) as trace:
+        assert list(trace.check()) == []
+
+
+def test_names_of_stacks_are_texts_of_known_slots() -> None:
+    meta = {"stack_names": {"x": "a", "1": "MC", "2": 5, "3": [["x"]], "9": "b", "9" * 5000: "c"}}
+    with Trace.from_bytes(with_section("META", json.dumps(meta).encode(), finished=True)) as trace:
+        assert trace.layout.names == {1: "MC"}
+
+
+def test_many_memory_ranges_are_read_in_seconds() -> None:
+    begin = time.monotonic()
+    data = (500_000).to_bytes(8, "little") + bytes(16 * 500_000)
+    with Trace.from_bytes(with_section("MEMORY", data, finished=True)) as trace:
+        assert len(trace.memory) == 500_000
+    assert time.monotonic() - begin < 10
+
+
+def test_a_trace_has_the_cpus_of_its_layout() -> None:
+    with build(lambda w: setattr(w, "layout", LAYOUT)) as trace:
+        assert trace.cpus == 2
+    bad = bytearray(small_file())
+    bad[:64] = rebuilt(cpus=1)[:64]
+    with pytest.raises(FormatError, match="2 CPUs, the trace 1"):
+        Trace.from_bytes(bytes(bad), "x")
+
+
+def test_a_native_trace_is_not_foreign() -> None:
+    with Trace.from_bytes(small_file()) as trace:
+        assert trace.foreign is None

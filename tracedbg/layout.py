@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import tomllib
 from dataclasses import dataclass, field, replace
 from enum import IntFlag
@@ -132,7 +134,9 @@ class Layout:
 
         Its size is IST_STACK_SIZE, cut at the next lower top of any CPU. Non-canonical and zero tops are poison.
         """
-        stacks = [r for r in self.regions if r.kind == REGION_STACK]
+        stacks = sorted((r.lo, r.hi) for r in self.regions if r.kind == REGION_STACK)
+        begins = [lo for lo, _ in stacks]
+        ends = list(itertools.accumulate((hi for _, hi in stacks), max))  # how far any stack reaches that begins by then
         tops: dict[int, tuple[int, int]] = {}
         for cpu, tables in enumerate(self.cpus):
             if tables.tss is None:
@@ -142,19 +146,22 @@ class Layout:
             for slot, top in slots:
                 if not top or not x86.is_canonical(top) or not x86.is_canonical(top - 1):
                     continue
-                if any(r.lo < top <= r.hi for r in stacks):
+                before = bisect.bisect_left(begins, top)
+                if before and ends[before - 1] >= top:
                     continue
                 tops.setdefault(top, (cpu, slot))
-        ordered = sorted(set(tops) | {r.hi for r in stacks})
+        ordered = sorted(set(tops) | {hi for _, hi in stacks})
         added = []
         for top, (cpu, slot) in sorted(tops.items()):
-            below = max((t for t in ordered if t < top), default=0)
+            at = bisect.bisect_left(ordered, top)
+            below = ordered[at - 1] if at else 0
             lo = max(below, top - IST_STACK_SIZE, 0)
             added.append(Region(lo, top, REGION_STACK, cpu, slot))
         return replace(self, regions=(*self.regions, *added))
 
     def to_bytes(self) -> bytes:
-        """The LAYOUT section."""
+        """The LAYOUT section. Raises ValueError if a reader would refuse it."""
+        _check_counts(len(self.tss), len(self.idts), len(self.cpus), len(self.regions))
         head = wire.LAYOUT_HEAD.build(
             {
                 "tss_count": len(self.tss),
@@ -166,57 +173,42 @@ class Layout:
             }
         )
         parts = [head]
-        parts += [wire.TSS.build(_tss_record(t)) for t in self.tss]
-        parts += [
-            wire.CPU_LAYOUT.build(
-                {"tss": -1 if t.tss is None else t.tss, "idt": -1 if t.idt is None else t.idt}
-            )
-            for t in self.cpus
-        ]
-        parts += [
-            wire.REGION.build(
-                {"lo": r.lo, "hi": r.hi, "cpu": r.cpu, "kind": r.kind, "slot": r.slot, "reserved": 0}
-            )
-            for r in self.regions
-        ]
-        parts += [wire.IDT.build(_idt_record(i)) for i in self.idts]
+        parts += [_tss_bytes(t) for t in self.tss]
+        parts += [wire.CPU_PACK.pack(-1 if t.tss is None else t.tss, -1 if t.idt is None else t.idt) for t in self.cpus]
+        parts += [wire.REGION_PACK.pack(r.lo, r.hi, r.cpu, r.kind, r.slot, 0) for r in self.regions]
+        parts += [_idt_bytes(i) for i in self.idts]
         return b"".join(parts)
 
     @classmethod
-    def from_bytes(cls, data: bytes, path: str, offset: int) -> Layout:
-        """Read a LAYOUT section; every count is checked against the bytes there are."""
+    def from_bytes(cls, data: bytes, path: str, offset: int, max_cpus: int = wire.MAX_CPUS) -> Layout:
+        """Read a LAYOUT section; every count is checked against its limit and against the bytes there are."""
         size = wire.LAYOUT_HEAD.sizeof()
         if len(data) < size:
             raise FormatError(path, "layout section is cut short", offset)
         head = wire.parse(wire.LAYOUT_HEAD, data[:size], path, offset)
-        need = (
-            size
-            + head.tss_count * wire.TSS.sizeof()
-            + head.cpu_count * wire.CPU_LAYOUT.sizeof()
-            + head.region_count * wire.REGION.sizeof()
-            + head.idt_count * wire.IDT.sizeof()
-        )
+        try:
+            _check_counts(head.tss_count, head.idt_count, head.cpu_count, head.region_count)
+        except _TooMany as error:
+            raise FormatError(path, str(error), offset + error.at) from None
+        if head.cpu_count > max_cpus:
+            raise FormatError(path, f"the layout has {head.cpu_count} CPUs, the trace {max_cpus}", offset + 8)
+        tss_at = size
+        cpus_at = tss_at + head.tss_count * wire.TSS_PACK.size
+        regions_at = cpus_at + head.cpu_count * wire.CPU_PACK.size
+        idts_at = regions_at + head.region_count * wire.REGION_PACK.size
+        need = idts_at + head.idt_count * _IDT_SIZE
         if need != len(data):
             raise FormatError(path, f"layout needs {need} bytes by its counts, has {len(data)}", offset)
-        at = size
-
-        def records(layout: Any, count: int) -> list[Any]:
-            nonlocal at
-            width = layout.sizeof()
-            result = [
-                wire.parse(layout, data[at + i * width : at + (i + 1) * width], path, offset + at + i * width)
-                for i in range(count)
-            ]
-            at += count * width
-            return result
-
-        tss = tuple(_tss_value(r) for r in records(wire.TSS, head.tss_count))
+        tss = tuple(_tss_value(values) for values in wire.TSS_PACK.iter_unpack(data[tss_at:cpus_at]))
         cpus = tuple(
-            CpuTables(None if r.tss < 0 else r.tss, None if r.idt < 0 else r.idt)
-            for r in records(wire.CPU_LAYOUT, head.cpu_count)
+            CpuTables(None if t < 0 else t, None if i < 0 else i)
+            for t, i in wire.CPU_PACK.iter_unpack(data[cpus_at:regions_at])
         )
-        regions = tuple(Region(r.lo, r.hi, r.kind, r.cpu, r.slot) for r in records(wire.REGION, head.region_count))
-        idts = tuple(_idt_value(r) for r in records(wire.IDT, head.idt_count))
+        regions = tuple(
+            Region(lo, hi, kind, cpu, slot)
+            for lo, hi, cpu, kind, slot, _ in wire.REGION_PACK.iter_unpack(data[regions_at:idts_at])
+        )
+        idts = tuple(_idt_value(data[at : at + _IDT_SIZE]) for at in range(idts_at, need, _IDT_SIZE))
         for tables in cpus:
             if (tables.tss or 0) >= max(len(tss), 1) or (tables.idt or 0) >= max(len(idts), 1):
                 raise FormatError(path, "layout names a table that it does not hold", offset)
@@ -225,54 +217,58 @@ class Layout:
         return cls(tss, idts, cpus, regions, Fidelity(head.fidelity & 3))
 
 
-def _tss_record(tss: Tss) -> dict[str, Any]:
+class _TooMany(ValueError):
+    """A count of a layout beyond its limit; `at` is the place of the count in the section."""
+
+    def __init__(self, message: str, at: int) -> None:
+        super().__init__(message)
+        self.at = at
+
+
+_LIMITS = (("TSSs", wire.MAX_TABLES), ("IDTs", wire.MAX_TABLES), ("CPUs", wire.MAX_CPUS), ("regions", wire.MAX_REGIONS))
+
+
+def _check_counts(*counts: int) -> None:
+    for number, (count, (what, limit)) in enumerate(zip(counts, _LIMITS, strict=True)):
+        if count > limit:
+            raise _TooMany(f"absurd number of {what} in the layout ({count}, at most {limit})", 4 * number)
+
+
+_GATE_KNOWN, _GATE_PRESENT = 1, 2
+_IDT_SIZE = wire.IDT.sizeof()
+_NO_GATE = bytes(wire.GATE_PACK.size)
+
+
+def _tss_bytes(tss: Tss) -> bytes:
     known = sum(1 << n for n, v in enumerate(tss.rsp) if v is not None)
     known |= sum(1 << (8 + n) for n, v in enumerate(tss.ist) if v is not None)
-    return {
-        "base": tss.base,
-        "rsp": [v or 0 for v in tss.rsp],
-        "ist": [v or 0 for v in tss.ist],
-        "known": known,
-        "reserved": 0,
-    }
+    return wire.TSS_PACK.pack(tss.base, *(v or 0 for v in (*tss.rsp, *tss.ist)), known, 0)
 
 
-def _tss_value(record: Any) -> Tss:
+def _tss_value(values: tuple[int, ...]) -> Tss:
+    known = values[12]
     return Tss(
-        record.base,
-        tuple(v if record.known >> n & 1 else None for n, v in enumerate(record.rsp)),
-        tuple(v if record.known >> (8 + n) & 1 else None for n, v in enumerate(record.ist)),
+        values[0],
+        tuple(v if known >> n & 1 else None for n, v in enumerate(values[1:4])),
+        tuple(v if known >> (8 + n) & 1 else None for n, v in enumerate(values[4:12])),
     )
 
 
-def _idt_record(idt: Idt) -> dict[str, Any]:
-    gates = []
-    for vector in range(256):
-        gate = idt.gates.get(vector)
-        if gate is None:
-            gates.append({"offset": 0, "selector": 0, "ist": 0, "type": 0, "dpl": 0, "flags": 0, "reserved": 0})
-        else:
-            gates.append(
-                {
-                    "offset": gate.offset,
-                    "selector": gate.selector,
-                    "ist": gate.ist,
-                    "type": gate.type,
-                    "dpl": gate.dpl,
-                    "flags": 1 | (2 if gate.present else 0),
-                    "reserved": 0,
-                }
-            )
-    return {"base": idt.base, "gate": gates}
+def _idt_bytes(idt: Idt) -> bytes:
+    parts = [_NO_GATE] * 256
+    for vector, g in idt.gates.items():
+        flags = _GATE_KNOWN | (_GATE_PRESENT if g.present else 0)
+        parts[vector] = wire.GATE_PACK.pack(g.offset, g.selector, g.ist, g.type, g.dpl, flags, 0)
+    return idt.base.to_bytes(8, "little") + b"".join(parts)
 
 
-def _idt_value(record: Any) -> Idt:
+def _idt_value(raw: bytes) -> Idt:
     return Idt(
-        record.base,
+        int.from_bytes(raw[:8], "little"),
         {
-            v: Gate(g.offset, g.selector, g.ist & 7, g.type & 15, g.dpl & 3, bool(g.flags & 2))
-            for v, g in enumerate(record.gate)
-            if g.flags & 1
+            vector: Gate(offset, selector, ist & 7, kind & 15, dpl & 3, bool(flags & _GATE_PRESENT))
+            for vector, (offset, selector, ist, kind, dpl, flags, _) in enumerate(wire.GATE_PACK.iter_unpack(raw[8:]))
+            if flags & _GATE_KNOWN
         },
     )
 
@@ -300,78 +296,126 @@ def from_toml(text: str, path: str) -> Layout:
     """Parse the TOML form of a layout."""
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise FormatError(path, "not TOML: nested too deeply") from None
+    except ValueError as error:  # numbers of thousands of digits too
         raise FormatError(path, f"not TOML: {error}") from None
     try:
         return _layout_of(table)
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:
         raise FormatError(path, f"layout: {error}") from None
 
 
+_POINTERS = (*(f"rsp{n}" for n in range(3)), *(f"ist{n}" for n in range(1, 8)))
+_SLOT_OF = {**{f"ist{n}": n for n in range(1, 8)}, "rsp0": SLOT_RSP0}
+
+
 def _layout_of(table: dict[str, Any]) -> Layout:
-    unknown = set(table) - {"user", "stack", "cpu", "tss", "idt", "gates", "names"}
-    if unknown:
-        raise ValueError(f"unknown key {sorted(unknown)[0]!r}")
+    _check_keys(table, "", ("user", "stack", "cpu", "tss", "idt", "names"))
     regions = [Region(_u64(lo), _u64(hi, top=True), REGION_USER) for lo, hi in table.get("user", [])]
     for stack in table.get("stack", []):
+        _check_keys(stack, "stack: ", ("lo", "hi", "cpu", "slot"), ("lo", "hi"))
         slot = stack.get("slot", 0)
-        slot = SLOT_RSP0 if slot == "rsp0" else int(slot)
-        if not 0 <= slot <= SLOT_RSP0:
-            raise ValueError(f"stack slot {slot} is not 1-7 or 'rsp0'")
-        regions.append(Region(_u64(stack["lo"]), _u64(stack["hi"], top=True), REGION_STACK, int(stack.get("cpu", 0)), slot))
+        slot = SLOT_RSP0 if slot == "rsp0" else _small(slot, SLOT_RSP0)
+        owner = _small(stack.get("cpu", 0), 0xFFFF)
+        regions.append(Region(_u64(stack["lo"]), _u64(stack["hi"], top=True), REGION_STACK, owner, slot))
     if any(r.lo >= r.hi for r in regions):
         raise ValueError("a range ends before it begins")
     tss = []
     for entry in table.get("tss", []):
-        rsp: list[int | None] = [None, None, None]
-        ist: list[int | None] = [None] * 8
-        for key, value in entry.items():
-            if key == "base":
-                continue
-            if key.startswith("rsp") and key[3:] in {"0", "1", "2"}:
-                rsp[int(key[3:])] = _u64(value)
-            elif key.startswith("ist") and key[3:] in {"1", "2", "3", "4", "5", "6", "7"}:
-                ist[int(key[3:])] = _u64(value)
-            else:
-                raise ValueError(f"tss: unknown key {key!r}")
-        tss.append(Tss(_u64(entry["base"]), tuple(rsp), tuple(ist)))
+        _check_keys(entry, "tss: ", ("base", *_POINTERS), ("base",))
+        rsp = tuple(_u64(entry[f"rsp{n}"]) if f"rsp{n}" in entry else None for n in range(3))
+        ist = tuple(_u64(entry[f"ist{n}"]) if n and f"ist{n}" in entry else None for n in range(8))
+        tss.append(Tss(_u64(entry["base"]), rsp, ist))
     idts = []
     for entry in table.get("idt", []):
-        gates = {int(v, 0): _gate_of(g) for v, g in entry.get("gate", {}).items()}
-        if any(not 0 <= v <= 255 for v in gates):
-            raise ValueError("a gate's vector is not 0-255")
+        _check_keys(entry, "idt: ", ("base", "gate"), ("base",))
+        gates: dict[int, Gate] = {}
+        for name, gate in entry.get("gate", {}).items():
+            vector = _u64(name)
+            if vector > 255:
+                raise ValueError("a gate's vector is not 0-255")
+            if vector in gates:
+                raise ValueError(f"gate {vector} is there twice")
+            gates[vector] = _gate_of(gate, vector)
         idts.append(Idt(_u64(entry["base"]), gates))
     by_tss = {t.base: i for i, t in enumerate(tss)}
     by_idt = {t.base: i for i, t in enumerate(idts)}
+    _check_counts(len(tss), len(idts), len(table.get("cpu", [])), len(regions))
     cpus = []
-    for entry in table.get("cpu", []):
-        cpus.append(CpuTables(by_tss.get(_u64(entry["tr"])) if "tr" in entry else None,
-                              by_idt.get(_u64(entry["idt"])) if "idt" in entry else None))
-    names = {(SLOT_RSP0 if k == "rsp0" else int(k.removeprefix("ist"))): str(v) for k, v in table.get("names", {}).items()}
+    for number, entry in enumerate(table.get("cpu", [])):
+        _check_keys(entry, "cpu: ", ("tr", "idt"))
+        cpus.append(CpuTables(_named(entry, number, "tr", "tss", by_tss), _named(entry, number, "idt", "idt", by_idt)))
+    given = table.get("names", {})
+    _check_keys(given, "names: ", tuple(_SLOT_OF))
+    names = {_SLOT_OF[key]: _text(value) for key, value in given.items()}
     return Layout(tuple(tss), tuple(idts), tuple(cpus), tuple(regions), Fidelity.NONE, names)
 
 
-def _gate_of(table: dict[str, Any]) -> Gate:
+def _check_keys(table: Any, where: str, known: tuple[str, ...], needed: tuple[str, ...] = ()) -> None:
+    if not isinstance(table, dict):
+        raise ValueError(f"{where}{_shown(table)} is not a table")
+    for key in table:
+        if key not in known:
+            raise ValueError(f"{where}unknown key {_shown(key)}")
+    for key in needed:
+        if key not in table:
+            raise ValueError(f"{where}{key!r} is missing")
+
+
+def _named(entry: dict[str, Any], cpu: int, key: str, kind: str, known: dict[int, int]) -> int | None:
+    """The index of the table whose base a CPU names."""
+    if key not in entry:
+        return None
+    base = _u64(entry[key])
+    if base not in known:
+        raise ValueError(f"cpu {cpu}: {key} {base:#x} names no [[{kind}]] of this file")
+    return known[base]
+
+
+def _gate_of(table: Any, vector: int) -> Gate:
+    _check_keys(table, f"gate {vector}: ", ("handler", "selector", "ist", "type", "dpl", "present"))
+    kind, present = table.get("type", "interrupt"), table.get("present", True)
+    if kind not in ("interrupt", "trap"):
+        raise ValueError(f"gate {vector}: type {_shown(kind)} is not 'interrupt' or 'trap'")
+    if not isinstance(present, bool):
+        raise ValueError(f"gate {vector}: present {_shown(present)} is not true or false")
     return Gate(
         offset=_u64(table.get("handler", 0)),
-        selector=int(table.get("selector", 8)),
+        selector=_small(table.get("selector", 8), 0xFFFF),
         ist=_small(table.get("ist", 0), 7),
-        type={"interrupt": x86.GATE_INTERRUPT, "trap": x86.GATE_TRAP}[table.get("type", "interrupt")],
+        type=x86.GATE_TRAP if kind == "trap" else x86.GATE_INTERRUPT,
         dpl=_small(table.get("dpl", 0), 3),
-        present=bool(table.get("present", True)),
+        present=present,
     )
 
 
+def _shown(value: Any) -> str:
+    """A value of the file in an error, which is one line."""
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "a table"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return "a huge number"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def _small(value: Any, top: int) -> int:
-    if not isinstance(value, int) or not 0 <= value <= top:
-        raise ValueError(f"{value!r} is not 0-{top}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= top:
+        raise ValueError(f"{_shown(value)} is not 0-{top}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{_shown(value)} is not a text")
     return value
 
 
 def _u64(value: Any, top: bool = False) -> int:
-    number = int(value, 0) if isinstance(value, str) else value
+    number = int(value, 0) if isinstance(value, str) and len(value) <= 80 else value
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < (1 << 64) + top:
-        raise ValueError(f"{value!r} is not a 64-bit address")
+        raise ValueError(f"{_shown(value)} is not a 64-bit address")
     return min(number, (1 << 64) - 1)
 
 

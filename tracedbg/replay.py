@@ -63,7 +63,9 @@ class Replay:
         self.trace = trace
         self.layout = trace.layout if layout is None else layout
         self.count = trace.count
-        self._handle: Any = None
+        self._core: Any = None
+        self._events: Any = None
+        self._payload: Any = None
         config = ffi.new("struct tdb_config *")
         lib.tdb_config_init(config)
         config.iret_fault_unblocks = iret_fault_unblocks
@@ -80,27 +82,34 @@ class Replay:
             if value:
                 setattr(config, name, value)
         layout_c, _keep = _layout_struct(self.layout, trace)  # the core copies it
-        self._events = ffi.from_buffer("struct tdb_event[]", trace.events)
-        self._payload = ffi.from_buffer("uint8_t[]", trace.payload)
         out = ffi.new("tdb_replay **")
-        status = lib.tdb_open(config, self._events, trace.count, trace.cpus, self._payload, len(trace.payload), layout_c, out)
-        if status < 0:
+        try:
+            events = self._events = ffi.from_buffer("struct tdb_event[]", trace.events)
+            payload = self._payload = ffi.from_buffer("uint8_t[]", trace.payload)
+            self._check(lib.tdb_open(config, events, trace.count, trace.cpus, payload, len(trace.payload), layout_c, out))
+        except BaseException:  # the trace can be closed whatever happened
             self._release()
-            raise ReplayError(f"replay core: {ffi.string(lib.tdb_strerror(status)).decode()}")
-        self._handle = out[0]
+            raise
+        self._core = out[0]
+
+    @property
+    def _handle(self) -> Any:
+        if self._core is None:
+            raise ReplayError("the replay is closed")
+        return self._core
 
     def close(self) -> None:
         """Release the core, then the buffers of the trace."""
-        if self._handle is not None:
-            lib.tdb_close(self._handle)
-            self._handle = None
+        if self._core is not None:
+            lib.tdb_close(self._core)
+            self._core = None
         self._release()
 
     def _release(self) -> None:
-        if self._events is not None:
-            ffi.release(self._events)
-            ffi.release(self._payload)
-            self._events = self._payload = None
+        for buffer in (self._events, self._payload):
+            if buffer is not None:
+                ffi.release(buffer)
+        self._events = self._payload = None
 
     def __enter__(self) -> Replay:
         return self

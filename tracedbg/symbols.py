@@ -9,6 +9,7 @@ import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import BinaryIO
 
@@ -20,13 +21,14 @@ from tracedbg.text import clean
 MAX_FILE = 512 << 20  # bytes of a map, unpacked
 MAX_LINE = 4096
 MAX_SYMBOLS = 4_000_000
+MAX_LINES = 2 * MAX_SYMBOLS
 MAX_REACH = 1 << 20  # no symbol reaches further than this past its start
 HIGH_HALF = 1 << 47
 FIRST_ADDRESS = 0x1000  # below: offsets and counters, not code
 
 # `addr [size] type name [module]`; nm -C names hold blanks.
 _LINE = re.compile(rb"^(?:0x)?([0-9a-fA-F]{1,16})[ \t]+(?:([0-9a-fA-F]{8,16})[ \t]+)?([A-Za-z?-])[ \t]+(\S.*)$")
-_IGNORED = re.compile(rb"^[ \t]*(?:[UwvN][ \t].*|[^\s].*:)?[ \t]*$")  # undefined, `file.o:` headers, blank lines
+_IGNORED = re.compile(rb"^[ \t]*+(?:[UwvN][ \t].*|[^\s].*:)?[ \t]*$")  # undefined, `file.o:` headers, blank lines
 _SKIPPED_TYPES = frozenset(b"AaUN?-")  # absolute (per-CPU offsets), undefined, debugging
 _TEXT_TYPES = frozenset(b"TtWwi")
 
@@ -67,11 +69,14 @@ class Symbols:
         found: list[tuple[int, tuple[int, int, bool], int, bytes]] = []
         hidden = 0
         at = 0
-        for line in data.split(b"\n"):
-            offset, at = at, at + len(line) + 1
-            match = _LINE.match(line.rstrip(b"\r")) if len(line) <= MAX_LINE else None
+        for number, raw in enumerate(io.BytesIO(data)):  # split() would take 8 bytes for an empty line
+            offset, at = at, at + len(raw)
+            if number >= MAX_LINES:
+                raise FormatError(path, f"more than {MAX_LINES} lines", offset)
+            line = raw.rstrip(b"\r\n")
+            match = _LINE.match(line) if len(line) <= MAX_LINE else None
             if match is None:
-                if len(line) > MAX_LINE or not _IGNORED.match(line.rstrip(b"\r")):
+                if len(line) > MAX_LINE or not _IGNORED.match(line):
                     raise FormatError(path, "not a line of a symbol map (address, type, name)", offset)
                 continue
             address, size, kind, name = int(match[1], 16), int(match[2] or b"0", 16), match[3], match[4]
@@ -166,22 +171,36 @@ def _name(raw: bytes) -> str:
 
 def _unpack(file: BinaryIO, path: str) -> bytes:
     """The text of a map file, at most MAX_FILE bytes of it."""
-    magic = file.read(4)
-    file.seek(0)
-    source: BinaryIO | gzip.GzipFile | zstandard.ZstdDecompressionReader = file
-    if magic[:2] == b"\x1f\x8b":
-        source = gzip.GzipFile(fileobj=file)
-    elif magic == b"\x28\xb5\x2f\xfd":
-        source = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+    data = file.read(MAX_FILE + 1)
+    if data.startswith(b"\x1f\x8b"):
+        pieces = iter(partial(gzip.GzipFile(fileobj=io.BytesIO(data)).read, 1 << 20), b"")
+    elif data.startswith(b"\x28\xb5\x2f\xfd"):
+        pieces = _unzstd(data)
+    else:
+        pieces = iter((data,))
     out = io.BytesIO()
     try:
-        while chunk := source.read(1 << 20):
-            if out.tell() + len(chunk) > MAX_FILE:
+        for piece in pieces:
+            if out.tell() + len(piece) > MAX_FILE:
                 raise FormatError(path, f"larger than {MAX_FILE >> 20} MiB", out.tell())
-            out.write(chunk)
+            out.write(piece)
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise FormatError(path, f"damaged packing: {error}", out.tell()) from None
     return out.getvalue()
+
+
+def _unzstd(data: bytes) -> Iterator[bytes]:
+    """All frames, in bounded pieces; raises EOFError if the last is not whole (zstandard's own reader just stops)."""
+    unpacker = zstandard.ZstdDecompressor()
+    at, stream = 0, unpacker.decompressobj()
+    while at < len(data):
+        if stream.eof:
+            stream = unpacker.decompressobj()
+        part = data[at : at + 1024]  # one call gives at most 32 MiB from that
+        yield stream.decompress(part)
+        at += len(part) - (len(stream.unused_data) if stream.eof else 0)
+    if not stream.eof:
+        raise EOFError("zstd data is cut short")
 
 
 def load(path: str | os.PathLike[str]) -> Symbols:

@@ -8,6 +8,7 @@ import io
 import json
 import mmap
 import os
+import shutil
 import stat
 import tempfile
 import zlib
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from tracedbg import wire
 from tracedbg.errors import FormatError, UsageError
@@ -45,10 +46,44 @@ def os_error(path: str, error: OSError) -> FormatError:
     return FormatError(path, (error.strerror or str(error)).lower())
 
 
+def output_place(path: str, force: bool) -> str | None:
+    """The file that an output named `path` becomes when it is whole: the one behind links, so that a link stays a link.
+
+    None: what is there is no file that could be replaced (a device, a FIFO), and is written to as it is. Raises UsageError
+    if a file or a disk would be overwritten without `force`, FormatError for a directory.
+    """
+    if not path:
+        raise UsageError("the name of the output is empty")
+    real = os.path.realpath(path) if os.path.islink(path) else path
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return real
+    except OSError as error:
+        raise os_error(path, error) from None
+    if stat.S_ISDIR(mode):
+        raise FormatError(path, "is a directory")
+    if (stat.S_ISREG(mode) or stat.S_ISBLK(mode)) and not force:
+        raise UsageError(f"{path} exists; --force overwrites it")
+    # A file that has no name any more (/proc/self/fd/N of a deleted one) cannot be replaced either.
+    return real if stat.S_ISREG(mode) and os.path.exists(real) and os.path.samefile(path, real) else None
+
+
+def create_beside(target: str) -> tuple[BinaryIO, str]:
+    """A new file beside `target`, to be renamed to it, and its name. Raises OSError."""
+    # Part of the name is enough to know whose it is; a name may have 255 bytes.
+    handle, name = tempfile.mkstemp(prefix=f".{os.path.basename(target)[:40]}.", dir=os.path.dirname(target) or ".")
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(name, 0o666 & ~umask)
+    return os.fdopen(handle, "w+b"), name
+
+
 class Trace:
     """A native trace: `events` is a read-only view of 64-byte records, the rest is decoded when opened.
 
-    `unfinished` says that the writer did not finish the file; `ignored` is the number of trailing bytes not used.
+    `unfinished` says that the writer did not finish the file; `ignored` is the number of trailing bytes not used;
+    `foreign` is the name of the format that the trace was read from, None if it was native.
     Close order matters: who exported a pointer to `events` (Replay) is closed first.
     """
 
@@ -58,6 +93,7 @@ class Trace:
         self._owner = owner
         self.unfinished = False
         self.ignored = 0
+        self.foreign: str | None = None
         self.meta: Meta = {}
         self.layout = Layout()
         self.memory: tuple[MemoryRange, ...] = ()
@@ -132,12 +168,17 @@ class Trace:
             yield min((number + 1) * wire.CRC_BLOCK, self.count)
 
     def close(self) -> None:
-        """Release the buffers."""
-        for view in (self.events, self.payload, self._checks):
-            view.release()
-        self._view.release()
+        """Release the buffers.
+
+        What others still hold (slices in the frames of an exception on its way, say) keeps the file mapped until they let
+        go: no reason to hide that exception by another.
+        """
+        for view in (self.events, self.payload, self._checks, self._view):
+            with contextlib.suppress(BufferError):
+                view.release()
         if self._owner is not None:
-            self._owner.close()
+            with contextlib.suppress(BufferError):
+                self._owner.close()
             self._owner = None
 
     def __enter__(self) -> Trace:
@@ -180,13 +221,13 @@ class Trace:
         self.payload = self._section(sections, "BYTES")[0]
         data, at = self._section(sections, "LAYOUT")
         if len(data):
-            self.layout = Layout.from_bytes(bytes(data), self.path, at)
+            self.layout = Layout.from_bytes(bytes(data), self.path, at, self.cpus)
         data, at = self._section(sections, "META")
         self.meta = self._read_meta(bytes(data), at)
         names = self.meta.get("stack_names")
         if isinstance(names, dict):
-            with contextlib.suppress(ValueError):
-                self.layout.names.update({int(k): str(v) for k, v in names.items()})
+            slots = {str(slot): slot for slot in range(1, 9)}
+            self.layout.names.update({slots[k]: v for k, v in names.items() if k in slots and isinstance(v, str)})
         data, at = self._section(sections, "MEMORY")
         self.memory = self._read_memory(bytes(data), at)
         self.symbols = bytes(self._section(sections, "SYMBOLS")[0])
@@ -229,8 +270,8 @@ class Trace:
             self.ignored = size - offset - length
         self.events_offset: int = offset
         self.events = self._view[offset : offset + length]
-        self._checks = self._section(sections, "CHECKS")[0]
-        if not self.unfinished:
+        if not self.unfinished:  # else there are none yet
+            self._checks = self._section(sections, "CHECKS")[0]
             blocks = -(-self.count // wire.CRC_BLOCK)
             if len(self._checks) != 4 * blocks:
                 raise self._fail("CHECKS section does not fit the number of events", offset)
@@ -254,7 +295,7 @@ class Trace:
     def _read_memory(self, data: bytes, offset: int) -> tuple[MemoryRange, ...]:
         if not data:
             return ()
-        width, record = wire.MEMORY_HEAD.sizeof(), wire.MEMORY_RANGE.sizeof()
+        width, record = wire.MEMORY_HEAD.sizeof(), wire.RANGE_PACK.size
         if len(data) < width:
             raise self._fail("MEMORY section is cut short", offset)
         count = wire.parse(wire.MEMORY_HEAD, data[:width], self.path, offset).count
@@ -262,22 +303,20 @@ class Trace:
         if at > len(data):
             raise self._fail(f"absurd number of memory ranges ({count})", offset)
         result = []
-        for number in range(count):
-            where = width + number * record
-            entry = wire.parse(wire.MEMORY_RANGE, data[where : where + record], self.path, offset + where)
-            if entry.length > len(data) - at or entry.addr + entry.length > 1 << 64:
-                raise self._fail(f"memory range {number} lies past the section's end", offset + where)
-            result.append(MemoryRange(entry.addr, data[at : at + entry.length]))
-            at += entry.length
+        for number, (addr, length) in enumerate(wire.RANGE_PACK.iter_unpack(data[width:at])):
+            if length > len(data) - at or addr + length > 1 << 64:
+                raise self._fail(f"memory range {number} lies past the section's end", offset + width + number * record)
+            result.append(MemoryRange(addr, data[at : at + length]))
+            at += length
         return tuple(result)
 
 
 class TraceWriter:
     """Writes a native trace in blocks; what a killed writer has written can be opened.
 
-    `path` is written beside itself and renamed when finished (`atomic`), or in place for live recording. Leaving the
-    context with an exception removes an atomic output. Layout, meta and symbols set before the first event are in the
-    file from then on; later values replace them at close.
+    `path` is written beside itself and renamed when finished (`atomic`), or in place for live recording; a device or a FIFO
+    gets the finished trace at close. Leaving the context with an exception removes an atomic output. Layout, meta and
+    symbols set before the first event are in the file from then on; later values replace them at close.
     """
 
     BLOCK = 4096  # events buffered before a write
@@ -306,6 +345,7 @@ class TraceWriter:
         self._events_offset = 0
         self._early: dict[str, tuple[bytes, int]] = {}  # sections that stand before the events, and where
         self._target: str | None = None
+        self._place: str | None = None  # what the temporary file becomes
         self._temporary: str | None = None
         self._closed = False
         if isinstance(path, (str, os.PathLike)):
@@ -315,19 +355,14 @@ class TraceWriter:
             self._file = path
 
     def _create(self, target: str, atomic: bool, force: bool) -> BinaryIO:
-        if os.path.lexists(target) and not force:
-            raise UsageError(f"{target} exists; --force overwrites it")
-        if os.path.isdir(target):
-            raise FormatError(target, "is a directory")
+        self._place = output_place(target, force)
         try:
+            if self._place is None:
+                return cast(BinaryIO, tempfile.TemporaryFile())
             if not atomic:
-                return open(target, "w+b")
-            folder = os.path.dirname(target) or "."
-            handle, self._temporary = tempfile.mkstemp(prefix=f".{os.path.basename(target)}.", dir=folder)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(self._temporary, 0o666 & ~umask)
-            return os.fdopen(handle, "w+b")
+                return open(self._place, "w+b")
+            file, self._temporary = create_beside(self._place)
+            return file
         except OSError as error:
             raise os_error(target, error) from None
 
@@ -364,7 +399,13 @@ class TraceWriter:
         return at
 
     def flush(self) -> None:
-        """Write what is buffered."""
+        """Write what is buffered. Raises FormatError if that cannot be written."""
+        try:
+            self._flush()
+        except OSError as error:
+            raise os_error(self._target or "output", error) from None
+
+    def _flush(self) -> None:
         if not self._events_offset:
             self._begin()
         if not self._buffer:
@@ -387,13 +428,13 @@ class TraceWriter:
         if self._closed:
             return
         try:
-            self.flush()
+            self._flush()
             if self._crc_events:
                 self._seal()
             end = self._file.tell()
             sections: dict[str, bytes | None] = {
                 "EVENTS": None,
-                "LAYOUT": self.layout.to_bytes(),
+                "LAYOUT": self._layout_bytes(),
                 "MEMORY": self._memory_bytes(),
                 "BYTES": bytes(self._payload),
                 "META": self._meta_bytes(),
@@ -419,14 +460,28 @@ class TraceWriter:
             self._file.seek(0)
             self._file.write(self._header(wire.FLAG_FINISHED, end, len(table), raw))
             self._file.flush()
-            self._closed = True
             if self._target is not None:
-                self._file.close()
-                if self._temporary is not None:
-                    os.replace(self._temporary, self._target)
+                self._deliver(self._target)
+            self._closed = True
+        except BrokenPipeError:
+            self.abort()
+            raise
         except OSError as error:
             self.abort()
             raise os_error(self._target or "output", error) from None
+        except BaseException:
+            self.abort()
+            raise
+
+    def _deliver(self, target: str) -> None:
+        if self._place is None:
+            self._file.seek(0)
+            with open(target, "wb") as out:
+                shutil.copyfileobj(self._file, out)
+        self._file.close()
+        if self._temporary is not None and self._place is not None:
+            os.replace(self._temporary, self._place)
+            self._temporary = None
 
     def abort(self) -> None:
         """Give up: an atomic output is removed, an output in place stays as far as it was written."""
@@ -454,7 +509,7 @@ class TraceWriter:
 
     def _begin(self) -> None:
         """Header and first table: enough to open the file while it grows."""
-        early = {"LAYOUT": self.layout.to_bytes(), "META": self._meta_bytes(), "SYMBOLS": self.symbols}
+        early = {"LAYOUT": self._layout_bytes(), "META": self._meta_bytes(), "SYMBOLS": self.symbols}
         early = {name: data for name, data in early.items() if data}
         at = wire.HEADER.sizeof() + (len(early) + 1) * wire.SECTION.sizeof()
         table, body = [], b""
@@ -478,7 +533,7 @@ class TraceWriter:
             "minor": wire.VERSION_MINOR,
             "flags": flags,
             "clock_hz": self.clock_hz,
-            "cpus": max(self.cpus, 1),
+            "cpus": max(self.cpus, len(self.layout.cpus), 1),
             "section_count": count,
             "table_offset": table_offset,
             "reserved": 0,
@@ -499,17 +554,26 @@ class TraceWriter:
         self._file.write(bytes(pad))
         return at + pad
 
+    def _layout_bytes(self) -> bytes:
+        try:
+            return self.layout.to_bytes()
+        except ValueError as error:
+            raise FormatError(self._target or "output", str(error)) from None
+
     def _meta_bytes(self) -> bytes:
         meta = dict(self.meta)
         if self.layout.names:
             meta["stack_names"] = {str(k): v for k, v in self.layout.names.items()}
-        return json.dumps(meta, sort_keys=True, separators=(",", ":")).encode() if meta else b""
+        try:
+            return json.dumps(meta, sort_keys=True, separators=(",", ":")).encode() if meta else b""
+        except RecursionError:
+            raise FormatError(self._target or "output", "META is nested too deeply") from None
 
     def _memory_bytes(self) -> bytes:
         if not self.memory:
             return b""
         head: bytes = wire.MEMORY_HEAD.build({"count": len(self.memory), "reserved": 0})
-        ranges = b"".join(wire.MEMORY_RANGE.build({"addr": m.addr, "length": len(m.data)}) for m in self.memory)
+        ranges = b"".join(wire.RANGE_PACK.pack(m.addr, len(m.data)) for m in self.memory)
         return head + ranges + b"".join(m.data for m in self.memory)
 
 

@@ -24,6 +24,8 @@ CRC_BLOCK = 16384  # events per checksum in the CHECKS section
 MAX_SECTIONS = 64
 MAX_CPUS = 4096
 MAX_META = 16 << 20
+MAX_TABLES = 4096  # TSSs, IDTs
+MAX_REGIONS = 65536
 
 FLAG_FINISHED = 1
 
@@ -123,8 +125,29 @@ LAYOUT_HEAD = c.Struct(
 MEMORY_HEAD = c.Struct("count" / c.Int32ul, "reserved" / c.Int32ul)
 MEMORY_RANGE = c.Struct("addr" / c.Int64ul, "length" / c.Int64ul)  # the bytes follow all ranges, in order
 
-# Bulk packing of events; tests/test_layout.py holds it against EVENT.
-EVENT_PACK = struct.Struct("<5Q3I4H4B")
+
+def _codes(layout: Any) -> str:
+    if isinstance(layout, c.Renamed):
+        return _codes(layout.subcon)
+    if isinstance(layout, c.Array):
+        return _codes(layout.subcon) * int(layout.count)
+    if isinstance(layout, c.Struct):
+        return "".join(_codes(part) for part in layout.subcons)
+    return str(layout.fmtstr[1:])
+
+
+def packer(layout: c.Construct[Any, Any]) -> struct.Struct:
+    """A declaration of integers as a format of `struct`: for records of which there are many."""
+    return struct.Struct("<" + _codes(layout))
+
+
+# Bulk packing; the tests hold it against the declarations.
+EVENT_PACK = packer(EVENT)
+TSS_PACK = packer(TSS)
+CPU_PACK = packer(CPU_LAYOUT)
+REGION_PACK = packer(REGION)
+GATE_PACK = packer(GATE)
+RANGE_PACK = packer(MEMORY_RANGE)
 
 
 def parse(layout: c.Construct[Any, Any], data: bytes | memoryview, path: str, offset: int) -> Any:

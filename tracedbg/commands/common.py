@@ -8,12 +8,10 @@ import errno
 import io
 import os
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 from tracedbg.errors import FormatError, UsageError
 from tracedbg.text import clean, clean_path
@@ -23,6 +21,8 @@ if TYPE_CHECKING:
     from tracedbg.replay import Replay
     from tracedbg.symbols import Symbols
     from tracedbg.trace import Trace
+
+STDOUT = ("-", "/dev/stdout")  # as the name of an output
 
 CLEAN, FINDINGS, USAGE, UNKNOWN, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
 
@@ -52,8 +52,15 @@ def threads_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def read_once(paths: Sequence[str]) -> None:
+    """Refuse inputs that name standard input twice."""
+    if paths.count("-") > 1:
+        raise UsageError("standard input can be read only once")
+
+
 def recordings(args: argparse.Namespace) -> list[list[str]]:
     """The files of each recording."""
+    read_once(args.traces)
     return [args.traces] if args.threads else [[path] for path in args.traces]
 
 
@@ -95,11 +102,8 @@ class Inputs:
         options = formats.ReaderOptions(
             from_format=self.from_format, layout=self.layout, monitor=self.monitor, stores=self.stores
         )
-        native = is_native(paths[0], self.from_format)
-        if native and self.monitor:
-            raise UsageError("--monitor belongs to the log of an emulator; a native trace takes --layout")
         trace = formats.open_inputs(list(paths), options=options)
-        if native:
+        if trace.foreign is None:
             self._add(trace)
         return trace
 
@@ -107,6 +111,7 @@ class Inputs:
         """What a reader would have taken from the options."""
         if self.layout is not None:
             trace.layout = merge_layouts(trace.layout, self.layout).with_stacks()
+            trace.cpus = max(trace.cpus, len(trace.layout.cpus))
         if self.stores:
             from tracedbg.layout import REGION_STORES, Region
 
@@ -114,28 +119,13 @@ class Inputs:
             trace.layout = replace(trace.layout, regions=(*trace.layout.regions, *added))
 
 
-def is_native(path: str, from_format: str | None) -> bool:
-    """Whether an input is a native trace, looked at without taking anything from a pipe."""
-    from tracedbg import formats, wire
-    from tracedbg.formats.source import Input
-
-    if from_format is not None:
-        return from_format == formats.NATIVE
-    if path == "-":
-        peek = getattr(sys.stdin.buffer, "peek", None)
-        return peek is not None and bytes(peek(8)[:8]) == wire.MAGIC
-    if not os.path.isfile(path):
-        return False
-    with Input(path) as source:
-        return source.head.startswith(wire.MAGIC)
-
-
 def merge_layouts(base: Layout, more: Layout) -> Layout:
     """`more` on top of `base`: its tables and names win, those that only base has stay, ranges are added."""
     from tracedbg.layout import CpuTables
 
-    tss = (*more.tss, *(t for t in base.tss if all(t.base != m.base for m in more.tss)))
-    idts = (*more.idts, *(i for i in base.idts if all(i.base != m.base for m in more.idts)))
+    tss_given, idts_given, held = {t.base for t in more.tss}, {i.base for i in more.idts}, set(base.regions)
+    tss = (*more.tss, *(t for t in base.tss if t.base not in tss_given))
+    idts = (*more.idts, *(i for i in base.idts if i.base not in idts_given))
     tss_at = {t.base: n for n, t in enumerate(tss)}
     idt_at = {i.base: n for n, i in enumerate(idts)}
     cpus = []
@@ -148,7 +138,7 @@ def merge_layouts(base: Layout, more: Layout) -> Layout:
             if tables.idt is not None:
                 loaded_idt = idt_at[layout.idts[tables.idt].base]
         cpus.append(CpuTables(loaded_tss, loaded_idt))
-    regions = (*base.regions, *(r for r in more.regions if r not in base.regions))
+    regions = (*base.regions, *(r for r in more.regions if r not in held))
     names = {**base.names, **more.names}
     return replace(base, tss=tss, idts=idts, cpus=tuple(cpus), regions=regions, names=names)
 
@@ -204,40 +194,38 @@ def scan(replay: Replay, what: str) -> None:
 
 def check_output(path: str, force: bool) -> None:
     """Refuse an output that exists before any work is done."""
-    if path != "-" and os.path.lexists(path) and not force:
-        raise UsageError(f"{clean_path(path)} exists; --force overwrites it")
+    from tracedbg.trace import output_place
+
+    if path not in STDOUT:
+        output_place(path, force)
 
 
 @contextlib.contextmanager
 def text_output(path: str | None, force: bool) -> Iterator[TextIO]:
-    """stdout, or a file that appears when it is whole."""
-    if path is None or path == "-":
+    """stdout, a file that appears when it is whole, or a device or FIFO as it is."""
+    if path is None or path in STDOUT:
         yield sys.stdout
         return
-    check_output(path, force)
-    target = Path(path)
+    from tracedbg.trace import create_beside, output_place
+
+    place = output_place(path, force)
+    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    except OSError as error:
-        raise _cannot_write(path, error) from None
-    try:
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        with io.TextIOWrapper(os.fdopen(handle, "wb"), encoding="utf-8", newline="\n") as file:
+        if place is None:
+            binary: BinaryIO = open(path, "wb")  # noqa: SIM115 (closed with its wrapper)
+        else:
+            binary, temporary = create_beside(place)
+        with io.TextIOWrapper(binary, encoding="utf-8", newline="\n") as file:
             yield file
-        os.replace(temporary, path)
+        if temporary is not None and place is not None:
+            os.replace(temporary, place)
+            temporary = None
     except OSError as error:
-        _remove(temporary)
         raise _cannot_write(path, error) from None
-    except BaseException:
-        _remove(temporary)
-        raise
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
 
 
 def _cannot_write(path: str, error: OSError) -> Exception:
@@ -246,6 +234,8 @@ def _cannot_write(path: str, error: OSError) -> Exception:
     return FormatError(path, (error.strerror or str(error)).lower())
 
 
-def message(text: str) -> None:
-    """One line for the user, on stderr."""
-    sys.stderr.write(f"tracedbg: {clean(text, 4096)}\n")
+def message(text: str, more: Iterable[str] = ()) -> None:
+    """One line for the user, on stderr; what cannot be said there is not worth an error. `more`: lines below it."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"tracedbg: {clean(text, 4096)}\n")
+        sys.stderr.writelines(f"    {line}\n" for line in more)

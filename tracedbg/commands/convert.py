@@ -43,12 +43,13 @@ def run(args: argparse.Namespace) -> int:
     """Read the inputs, write the native trace."""
     from tracedbg.trace import TraceWriter
 
+    common.read_once(args.inputs)
     common.check_output(args.output, args.force)
-    if args.output == "-" and sys.stdout.isatty():
+    if args.output in common.STDOUT and sys.stdout.isatty():
         raise UsageError("a native trace is binary: give a file, or send stdout elsewhere")
     inputs = common.Inputs(args)
     with inputs.open(args.inputs) as trace:
-        if args.output == "-":
+        if args.output in common.STDOUT:
             with tempfile.TemporaryFile() as file:
                 writer = TraceWriter(cast(BinaryIO, file), cpus=trace.cpus, clock_hz=trace.clock_hz)
                 _copy(trace, writer, inputs.symbols)

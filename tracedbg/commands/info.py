@@ -26,6 +26,7 @@ examples:
 
 CHUNK = 1 << 16
 MAX_CPUS_SHOWN = 16
+MAX_LEVELS = 8  # of META, which may be nested
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +40,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the facts."""
+    recordings = common.recordings(args)
     inputs = common.Inputs(args)
-    for number, paths in enumerate(common.recordings(args)):
+    for number, paths in enumerate(recordings):
         if number:
             sys.stdout.write("\n")
         _show(paths, inputs, args)
@@ -71,9 +73,8 @@ def _show(paths: list[str], inputs: common.Inputs, args: argparse.Namespace) -> 
 def _lines(path: str, trace: Trace, words: Words) -> Iterator[str]:
     major, minor = trace.version
     unfinished = ", not finished by its writer" if trace.unfinished else ""
-    form = trace.meta["source"].get("format") if isinstance(trace.meta.get("source"), dict) else None
-    foreign = f"{clean(form)} log" if isinstance(form, str) and not common.is_native(path, None) else None
-    yield f"{clean_path(path)}: {foreign or f'native trace, format {major}.{minor}'}{unfinished}"
+    form = f"native trace, format {major}.{minor}" if trace.foreign is None else f"{trace.foreign} log"
+    yield f"{clean_path(path)}: {form}{unfinished}"
     if trace.ignored:
         yield f"  {trace.ignored:,} bytes at the end are not whole events and are not used"
     clock = f", clock {trace.clock_hz:,} Hz" if trace.clock_hz else ", no clock"
@@ -103,9 +104,10 @@ def _counts(trace: Trace, words: Words) -> Iterator[str]:
         cpus.update(low | high << 8 for low, high in zip(chunk[52::64], chunk[53::64], strict=True))
         pairs = [(a, s) for k, a, s in zip(kind, arg, source, strict=True) if k == Kind.DELIVER]
         vectors.update(pairs)
-        for pair in vectors.keys() - examples.keys():
-            place = next(n for n in range(len(kind)) if kind[n] == Kind.DELIVER and (arg[n], source[n]) == pair)
-            examples[pair] = at // 64 + place
+        if len(examples) < len(vectors):
+            for n, (k, a, s) in enumerate(zip(kind, arg, source, strict=True), at // 64):
+                if k == Kind.DELIVER:
+                    examples.setdefault((a, s), n)
     names = {int(kind): kind.name.lower() for kind in Kind}
     for number, count in sorted(kinds.items()):
         yield f"  {names.get(number, f'unknown kind {number}'):<12} {count:>12,}"
@@ -140,11 +142,15 @@ def _meta(trace: Trace) -> Iterator[str]:
             yield f"{clean(key, 40)}: {_plain(value)}"
 
 
-def _plain(value: object) -> str:
+def _plain(value: object, level: int = 1) -> str:
+    if isinstance(value, (dict, list)) and level > MAX_LEVELS:
+        return "…"
     if isinstance(value, dict):
-        return ", ".join(f"{clean(str(k), 40)} {_plain(v)}" for k, v in sorted(value.items(), key=lambda item: str(item[0])))
+        items = sorted(value.items(), key=lambda item: str(item[0]))
+        return ", ".join(f"{clean(str(k), 40)} {_plain(v, level + 1)}" for k, v in items)
     if isinstance(value, list):
-        return "; ".join(_plain(item) for item in value[:20]) + (f"; and {len(value) - 20} more" if len(value) > 20 else "")
+        more = f"; and {len(value) - 20} more" if len(value) > 20 else ""
+        return "; ".join(_plain(item, level + 1) for item in value[:20]) + more
     if isinstance(value, str):
         return clean(value, 400)
     if isinstance(value, int) and not isinstance(value, bool):

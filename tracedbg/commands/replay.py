@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tracedbg.commands import common
-from tracedbg.errors import TracedbgError, UsageError
+from tracedbg.errors import TracedbgError
 
 if TYPE_CHECKING:
     from tracedbg.describe import Words
@@ -27,6 +26,9 @@ examples:
 
 exit codes: 0 clean, 1 findings, 2 wrong usage or unreadable, 3 unknown because of a gap or a missing layout
 """
+
+MAX_CPUS_HINTED = 4
+MAX_COMMANDS = 40
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,15 +57,13 @@ def _count(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Replay each trace; the worst verdict is the exit code."""
-    if args.traces.count("-") > 1:
-        raise UsageError("standard input can be read only once")
+    recordings = common.recordings(args)
     inputs = common.Inputs(args)
     if args.output is not None:
         common.check_output(args.output, args.force)
     reports: list[dict[str, Any]] = []
     codes: list[int] = []
     with common.text_output(args.output, args.force) as out:
-        recordings = common.recordings(args)
         for number, paths in enumerate(recordings):
             try:
                 code = _one(paths, number, inputs, args, out, reports)
@@ -160,7 +160,11 @@ def _hint(trace: Trace) -> None:
 
     commands = meta_texts(meta_dict(trace, "layout"), "commands")
     if commands:
-        common.message("the layout is missing; these commands of QEMU's monitor print it (then: --monitor FILE):")
-        sys.stderr.writelines(f"    {command}\n" for command in commands)
+        starts = [number for number, command in enumerate(commands) if command.startswith("cpu ")]
+        more = len(starts) - MAX_CPUS_HINTED
+        shown = commands[: starts[MAX_CPUS_HINTED] if more > 0 else MAX_COMMANDS]
+        rest = [f"and {more} more CPU{'' if more == 1 else 's'}"] if more > 0 else []
+        said = "the layout is missing; these commands of QEMU's monitor print it (then: --monitor FILE):"
+        common.message(said, [*shown[:MAX_COMMANDS], *rest])
     else:
         common.message("the layout is missing: give it with --layout FILE (see `tracedbg help layout`)")

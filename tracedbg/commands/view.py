@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Open the viewer, if there is a terminal."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):  # it is drawn on stderr
         raise UsageError("the viewer needs a terminal; `tracedbg replay TRACE` prints the verdict")
     recordings = common.recordings(args)
     if len(recordings) > 1:

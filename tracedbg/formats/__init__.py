@@ -58,7 +58,7 @@ def recognise(source: Input, wanted: str | None = None) -> str:
         if wanted not in names():
             raise UsageError(f"no input format {wanted!r} (known: {', '.join(names())})")
         return wanted
-    if source.head.startswith(wire.MAGIC[: len(source.head)]) or source.head.startswith(wire.MAGIC):
+    if source.head.startswith(wire.MAGIC[: len(source.head)]):
         return NATIVE
     for name in _MODULES:
         if _module(name).sniff(source.head):
@@ -69,7 +69,10 @@ def recognise(source: Input, wanted: str | None = None) -> str:
 
 
 def open_input(path: str, *, from_format: str | None = None, options: ReaderOptions | None = None) -> Trace:
-    """Open a native trace, or read a foreign one into a temporary native trace. `-` is standard input."""
+    """Open a native trace, or read a foreign one into a temporary native trace. `-` is standard input.
+
+    The trace's `foreign` is the name of the foreign format; None: it is a native one.
+    """
     return open_inputs([path], from_format=from_format, options=options)
 
 
@@ -80,13 +83,15 @@ def open_inputs(paths: Sequence[str], *, from_format: str | None = None, options
     try:
         form = recognise(inputs[0], from_format or options.from_format)
         if form == NATIVE:
-            return _open_native(inputs)
+            return _open_native(inputs, options)
         # The file lives as long as the trace's mapping of it; nothing is left behind.
         with tempfile.TemporaryFile() as file:
             writer = TraceWriter(cast(Any, file))
             _read(form, inputs, writer, options)
             writer.close()
-            return Trace.from_file(cast(Any, file), paths[0])
+            trace = Trace.from_file(cast(Any, file), paths[0])
+            trace.foreign = form
+            return trace
     finally:
         for source in inputs:
             source.close()
@@ -123,12 +128,16 @@ def _open_all(paths: Sequence[str]) -> list[Input]:
     return inputs
 
 
-def _open_native(inputs: list[Input]) -> Trace:
+def _open_native(inputs: list[Input], options: ReaderOptions) -> Trace:
     source = inputs[0]
+    if options.monitor:
+        raise UsageError("--monitor belongs to the log of an emulator; a native trace takes --layout")
     if len(inputs) > 1:
         raise UsageError("several files are only read together when they are the thread files of one foreign log")
     if source.is_file and source.raw_bytes >= 8 and source.bytes == source.raw_bytes:
         return Trace.open(source.path)
+    if not source.head.startswith(wire.MAGIC[: len(source.head)]):
+        raise FormatError(source.path, "not a tracedbg trace (wrong magic)", 0)  # before all of it is copied
     with tempfile.TemporaryFile() as file:
         for piece in source.chunks():
             file.write(piece)

@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tracedbg.errors import FormatError
+from tracedbg.errors import FormatError, UsageError
 from tracedbg.formats import qemu_layout, qemu_monitor
 from tracedbg.formats.qemu_events import Events
 from tracedbg.formats.qemu_monitor import Snapshot
 from tracedbg.formats.qemu_text import LogText, is_log
-from tracedbg.formats.source import Input
+from tracedbg.formats.source import STDIN, Input
 from tracedbg.layout import Layout
 from tracedbg.trace import TraceWriter
 
@@ -71,6 +71,8 @@ def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -
 
 def _snapshots(source: Input, options: ReaderOptions) -> tuple[list[Snapshot], list[str]]:
     """The monitor texts given, or those beside the log; and the names of files that only look like such."""
+    if STDIN in options.monitor and (source.path == STDIN or options.monitor.count(STDIN) > 1):
+        raise UsageError("standard input can only be read once")
     if options.monitor:
         return [qemu_monitor.read(path) for path in options.monitor], []
     if not source.is_file or not options.discover:
@@ -107,7 +109,7 @@ def _counts(events: Events) -> dict[str, int]:
     unlogged = counts.pop("serviced", 0) - counts.pop("serviced_delivered", 0)
     if unlogged > 0:
         counts["serviced_unlogged"] = unlogged  # real mode: no `v=` line
-    for name in ("torn_repaired", "torn_lost", "damaged"):
+    for name in ("torn_repaired", "torn_lost", "damaged", "other_lines"):
         counts.setdefault(name, 0)
     return counts
 

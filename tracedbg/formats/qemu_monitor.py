@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tracedbg.errors import FormatError
+from tracedbg.formats.source import Input
 from tracedbg.layout import CpuTables, Gate, Idt, Layout, Tss
-from tracedbg.trace import os_error
 
 MAX_TEXT = 64 << 20
+MAX_LINE = 4096
 MAX_BYTES = 4 << 20  # of memory kept from one text
 MAX_CPUS = 4096
 TSS_BYTES = 0x68
@@ -21,6 +22,7 @@ _CPU = re.compile(rb"^\s*CPU#(\d{1,9})\b")
 _TR = re.compile(rb"^TR =[0-9a-f]{4} ([0-9a-f]{8}(?:[0-9a-f]{8})?) ([0-9a-f]{8})")
 _IDT = re.compile(rb"^IDT= +([0-9a-f]{8}(?:[0-9a-f]{8})?) ([0-9a-f]{8})")
 _MEMORY = re.compile(rb"^\s*(?:0x)?([0-9a-f]{8}(?:[0-9a-f]{8})?):((?:\s+(?:0x)?[0-9a-f]{2,16})+)\s*$")
+_HEADING = re.compile(rb"^[ \t]*CPU#\d+[ \t\r]*$", re.M)  # no \s: it crosses lines, at every line to the end of the text
 _PHYSICAL = re.compile(rb"\bxp\s*/")
 _COMMAND = re.compile(rb"^(?:\(qemu\)|=|#)|\bx\s*/")
 
@@ -114,6 +116,8 @@ def parse(text: bytes, name: str) -> Snapshot:
     for line in text.split(b"\n"):
         here, at = at, at + len(line) + 1
         line = line.rstrip(b"\r ")
+        if not line or len(line) > MAX_LINE:
+            continue
         if match := _MEMORY.match(line):
             # `xp` prints physical addresses, which are not what TR and IDT name.
             if not physical:
@@ -139,20 +143,19 @@ def parse(text: bytes, name: str) -> Snapshot:
 
 
 def read(path: str) -> Snapshot:
-    """Read a file of monitor text."""
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_TEXT + 1)
-    except OSError as error:
-        raise os_error(path, error) from None
-    if len(text) > MAX_TEXT:
-        raise FormatError(path, "too large for monitor text", MAX_TEXT)
-    return parse(text, path)
+    """Read a file of monitor text, plain or packed."""
+    pieces = []
+    with Input(path) as source:
+        for piece in source.chunks():
+            pieces.append(piece)
+            if source.bytes > MAX_TEXT:
+                raise FormatError(path, "too large for monitor text", MAX_TEXT)
+    return parse(b"".join(pieces), path)
 
 
 def looks_like_monitor(head: bytes) -> bool:
     """Whether a text is monitor output rather than a log: said to the user who gives one as the log."""
-    return re.search(rb"^\s*CPU#\d+\s*$", head, re.M) is not None
+    return _HEADING.search(head) is not None
 
 
 def _keep(result: Snapshot, match: re.Match[bytes], offset: int) -> None:

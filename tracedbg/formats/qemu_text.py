@@ -17,6 +17,7 @@ from typing import NamedTuple
 MAX_LINE = 64 << 10
 MAX_BLOCK = 64  # lines of one register dump
 MAX_WAITING = 4096  # items of any kind behind such a line
+MAX_TORN = 256  # bytes of a `v=` or register line that is put together from parts; real ones are shorter by half
 WAIT = 16  # `v=` lines that may stand before the register dump of an earlier one
 STALE = 2  # `v=` lines after which a Servicing or check_exception line belongs to none any more
 BATCH = 256  # items passed on at a time: few enough not to wake the garbage collector
@@ -80,7 +81,7 @@ class Plugin(NamedTuple):
 Item = Attempt | Other | Plugin
 
 _HEAD = (
-    rb" *([0-9]{1,10}): v=([0-9a-f]{2}) e=([0-9a-f]{4}) i=([01]) cpl=[0-3] "
+    rb" {0,5}([0-9]{1,10}): v=([0-9a-f]{2}) e=([0-9a-f]{4}) i=([01]) cpl=[0-3] "
     rb"IP=([0-9a-f]{4}):([0-9a-f]{16}) pc=[0-9a-f]{16} SP=([0-9a-f]{4}):([0-9a-f]{16})"
 )
 # The whole of an attempt in 64-bit code, nothing torn, with the line before it. Fixed columns are skipped unread.
@@ -152,7 +153,7 @@ def is_log(head: bytes) -> bool:
     return _SNIFF.search(head) is not None or _WEAK.search(head) is not None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
     """A `v=` line whose register dump is still to come."""
 
@@ -176,12 +177,14 @@ class LogText:
         self._heads = 0
         self._time = -1
         self._waiting: list[_Waiting | Item] = []
+        self._open: list[_Waiting] = []  # those in it that are not done: looked through for every piece, so kept apart
         self._checks: list[tuple[int, int, int]] = []  # old, new, heads before it
         self._services: list[tuple[int, int]] = []  # vector, heads before it
         self._block: list[bytes] | None = None
         self._prefix = b""  # of a register line that another thread's line cut in two
         self._cut = b""  # of a `v=` line, likewise
         self._fault_told = False
+        self._other = 0  # lines that were not understood
         self._junk = False  # inside a line that is too long
         self._out: list[Item] = []
 
@@ -295,6 +298,8 @@ class LogText:
             if match := _TRACE_LINE.match(line):
                 self._time = max(self._time, int(match[1]) * 1_000_000 + int(match[2]))
                 self.timed = True
+            else:
+                self._other += not _REGISTERS.match(line) and not line.isspace() and line != b""
             return
         at = 0
         while match := _PIECE.search(line, at):
@@ -314,11 +319,15 @@ class LogText:
             else:
                 self._piece(match)
         if at < len(line):
-            self._between(line[at:], False)
+            used = self._between(line[at:], False)
+            self._other += at == 0 and not used and not line.startswith(b"PLG install")
 
-    def _between(self, text: bytes, cut: bool) -> None:
-        """Text between pieces: the first part of a register line that was cut in two, or nothing of ours."""
+    def _between(self, text: bytes, cut: bool) -> bool:
+        """Text between pieces: part of a line that was cut in two, or nothing of ours. Whether it was of use."""
         if cut and _CUT_HEAD.match(text):
+            if len(text) > MAX_TORN:
+                self.counts["damaged"] += 1
+                return False
             self._cut = text
             self.counts["torn_repaired"] += 1
         elif self._block is not None and (cut or self._prefix or _REGISTERS.match(text)):
@@ -328,6 +337,8 @@ class LogText:
                 self.counts["damaged"] += 1
             elif self._waiting:
                 self.counts["torn_lost"] += 1
+            return False
+        return True
 
     def _piece(self, match: re.Match[bytes]) -> None:
         if match["head"] is not None:
@@ -386,26 +397,26 @@ class LogText:
             int(number), vector, int(e, 16), soft == b"1", int(cs, 16), int(ip, 16), int(ss, 16), int(sp, 16),
             -1, -1, b"", b"", b"", False, old, serviced, False, self._time,
         )  # fmt: skip
-        self._waiting.append(_Waiting(attempt, done=self.bare, cause=cause))
+        waiting = _Waiting(attempt, done=self.bare, cause=cause)
+        self._waiting.append(waiting)
+        if not self.bare:
+            self._open.append(waiting)
         if self._block is not None:
             self._close_block()
-        open_heads = [w for w in self._waiting if isinstance(w, _Waiting) and not w.done]
-        if len(open_heads) > WAIT:
+        if len(self._open) > WAIT:
             if not self._blocks:
                 # No register dump ever came: only the `v=` lines were kept.
-                self.bare = True
-                for waiting in open_heads:
-                    waiting.done = True
+                self._all_bare()
             else:
-                self._give_up(open_heads[0])
+                self._give_up(self._open[0])
         self._flush()
 
     def _tail(self, cr2: bytes | None) -> None:
-        wanted = [
-            w
-            for w in self._waiting
-            if isinstance(w, _Waiting) and w.attempt.cr2 < 0 and (w.attempt.vector == 14) == (cr2 is not None)
-        ]
+        last = self._out[-1] if self.bare and self._out else None
+        if type(last) is Attempt and last.vector == 14 and last.cr2 < 0 and cr2 is not None:
+            self._out[-1] = last._replace(cr2=int(cr2, 16))  # passed on already: of the same line
+            return
+        wanted = [w for w in self._open if w.attempt.cr2 < 0 and w.attempt.vector == 14]
         if cr2 is None or not wanted:
             return
         # Two page faults may wait for theirs: then the register dump decides, which repeats it.
@@ -445,11 +456,9 @@ class LogText:
         return old, serviced, cause
 
     def _mark_torn(self) -> None:
-        for waiting in self._waiting:
-            if isinstance(waiting, _Waiting) and not waiting.done:
-                waiting.torn = True
-                return
-        if self._block is not None:
+        if self._open:
+            self._open[0].torn = True
+        elif self._block is not None:
             self.counts["torn_repaired"] += 1
 
     # -- register dumps ------------------------------------------------------------------------------------------------
@@ -464,13 +473,13 @@ class LogText:
             return
         if self._prefix:
             text, self._prefix = self._prefix + text, b""
-        if cut:
+        if cut and len(text) <= MAX_TORN:
             self._prefix = text
             return
         self._block.append(text)
         if text.startswith(b"EFER="):
             self._close_block()
-        elif len(self._block) > MAX_BLOCK:
+        elif cut or len(self._block) > MAX_BLOCK:
             self.counts["damaged"] += 1
             self._block = None
 
@@ -479,7 +488,7 @@ class LogText:
         self._block, self._prefix = None, b""
         found = {name: pattern.search(text) for name, pattern in _IN_BLOCK.items()}
         rip, sp, tr, idt, efer, cr2 = (found[name] for name in ("rip", "sp", "tr", "idt", "efer", "cr2"))
-        heads = [w for w in self._waiting if isinstance(w, _Waiting) and not w.done]
+        heads = self._open
         if not heads:
             return  # of a reset or an SMM line
         self._blocks += 1
@@ -511,7 +520,7 @@ class LogText:
             cr2=own if own >= 0 and (a.cr2 < 0 or not waiting.sure) and 14 in (a.vector, waiting.cause) else a.cr2,
             damaged=damaged,
         )
-        waiting.done = True
+        self._done(waiting)
         if damaged:
             self.counts["damaged"] += 1
         elif waiting.torn:
@@ -520,10 +529,20 @@ class LogText:
 
     def _give_up(self, waiting: _Waiting) -> None:
         waiting.attempt = waiting.attempt._replace(damaged=True)
-        waiting.done = True
+        self._done(waiting)
         self.counts["damaged"] += 1
         if waiting.torn:
             self.counts["torn_lost"] += 1
+
+    def _done(self, waiting: _Waiting) -> None:
+        waiting.done = True
+        self._open.remove(waiting)
+
+    def _all_bare(self) -> None:
+        self.bare = True
+        for waiting in self._open:
+            waiting.done = True
+        self._open = []
 
     # -- the order of the log --------------------------------------------------------------------------------------------
 
@@ -533,7 +552,7 @@ class LogText:
             return
         self._waiting.append(item)
         if len(self._waiting) > MAX_WAITING:
-            self._give_up(next(w for w in self._waiting if isinstance(w, _Waiting)))
+            self._give_up(self._open[0])
             self._flush()
 
     def _flush(self) -> None:
@@ -551,13 +570,10 @@ class LogText:
     def _finish(self) -> None:
         if self._block is not None:
             self._close_block()
-        heads = [w for w in self._waiting if isinstance(w, _Waiting) and not w.done]
-        if heads and not self._blocks:
-            self.bare = True
-        for waiting in heads:
-            if self.bare:
-                waiting.done = True
-            else:
-                self._give_up(waiting)
+        if self._open and not self._blocks:
+            self._all_bare()
+        for waiting in tuple(self._open):
+            self._give_up(waiting)
         self._flush()
+        self.counts["other_lines"] += self._other
         self.seen = self.seen or self._heads > 0

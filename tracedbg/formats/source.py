@@ -9,15 +9,17 @@ import sys
 import zlib
 from collections.abc import Iterator
 from types import TracebackType
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 import zstandard
 
 from tracedbg.errors import FormatError
 from tracedbg.trace import os_error
 
-CHUNK = 4 << 20
+CHUNK = 1 << 20
 HEAD = 1 << 20  # bytes looked at to recognise a format
+GZIP_FEED = 64 << 10  # bytes unpacked at a time: what follows a member's end is copied for each of many small members
+ZSTD_FEED = 1 << 10  # zstd has no bound for what one call gives: a block of 4 bytes is 128 KiB, so 32 MiB come from this
 STDIN = "-"
 
 _GZIP = b"\x1f\x8b"
@@ -118,16 +120,17 @@ class Input:
 
     def _gunzip(self, start: bytes, raw: Iterator[bytes]) -> Iterator[bytes]:
         stream = zlib.decompressobj(wbits=31)
-        for data in _prepend(start, raw):
+        for data, rest in _slices(_prepend(start, raw), GZIP_FEED):
             while data:
                 if stream.eof:  # members follow each other; zero padding behind the last is allowed
-                    if not data.strip(b"\0"):
+                    data = data.lstrip(b"\0")
+                    if not data:
                         break
                     stream = zlib.decompressobj(wbits=31)
                 try:
                     piece = stream.decompress(data, CHUNK)
                 except zlib.error:
-                    raise FormatError(self.path, "damaged gzip data", self.raw_bytes - len(data)) from None
+                    raise FormatError(self.path, "damaged gzip data", self.raw_bytes - rest - len(data)) from None
                 data = stream.unused_data if stream.eof else stream.unconsumed_tail
                 self._check_ratio(piece)
                 yield piece
@@ -138,17 +141,29 @@ class Input:
             yield piece
 
     def _unzstd(self, start: bytes, raw: Iterator[bytes]) -> Iterator[bytes]:
-        feed = _Feed(_prepend(start, raw))
-        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(cast(BinaryIO, feed), read_across_frames=True)
-        while True:
-            try:
-                piece = reader.read(CHUNK)
-            except zstandard.ZstdError:
-                raise FormatError(self.path, "damaged zstd data", self.raw_bytes) from None
-            if not piece:
-                return
-            self._check_ratio(piece)
-            yield piece
+        unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+        stream = unpacker.decompressobj()
+        out: list[bytes] = []
+        size = 0
+        for data, rest in _slices(_prepend(start, raw), ZSTD_FEED):
+            while data:
+                if stream.eof:  # frames follow each other
+                    stream = unpacker.decompressobj()
+                try:
+                    piece = stream.decompress(data)
+                except zstandard.ZstdError:
+                    raise FormatError(self.path, "damaged zstd data", self.raw_bytes - rest - len(data)) from None
+                data = stream.unused_data if stream.eof else b""
+                if piece:
+                    out.append(piece)
+                    size += len(piece)
+            if size >= CHUNK or not rest:  # what a pipe gave is passed on before waiting for more
+                piece = b"".join(out)
+                self._check_ratio(piece)
+                yield piece
+                out, size = [], 0
+        if not stream.eof:
+            raise FormatError(self.path, "zstd data is cut short", self.raw_bytes)
 
     def _check_ratio(self, piece: bytes) -> None:
         total = self.bytes + len(piece)
@@ -156,22 +171,13 @@ class Input:
             raise FormatError(self.path, f"expands more than {_MAX_RATIO} times: not a log", self.raw_bytes)
 
 
-class _Feed:
-    """What zstandard reads from: an iterator of bytes as a file."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
-        self._rest = b""
-
-    def read(self, size: int = -1) -> bytes:
-        if not self._rest:
-            self._rest = next(self._pieces, b"")
-        if size < 0:
-            size = len(self._rest)
-        data, self._rest = self._rest[:size], self._rest[size:]
-        return data
-
-
 def _prepend(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
     yield first
     yield from rest
+
+
+def _slices(pieces: Iterator[bytes], size: int) -> Iterator[tuple[bytes, int]]:
+    """Short slices of the pieces; with each, how many bytes of its piece come after it."""
+    for piece in pieces:
+        for at in range(0, len(piece), size):
+            yield piece[at : at + size], max(len(piece) - at - size, 0)

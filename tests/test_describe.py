@@ -5,9 +5,24 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from samples import CLOBBER, DEFAULT_IDLE, DO_NMI, INNER, IST_NMI, LOOP, OUTER, VICTIM, WRITER, frame, race
+from samples import (
+    CLOBBER,
+    DEFAULT_IDLE,
+    DO_NMI,
+    INNER,
+    IST_NMI,
+    LAYOUT,
+    LOOP,
+    OUTER,
+    STATS,
+    VICTIM,
+    WRITER,
+    frame,
+    race,
+)
 
 from tracedbg.describe import ChainStep, Words, clean, hex_address, slot_of, slots_text
+from tracedbg.layout import Idt, Layout
 from tracedbg.state import (
     Cause,
     CpuState,
@@ -491,3 +506,46 @@ def test_the_trace_names_the_stacks_and_they_are_clean() -> None:
 def test_known_bits_rule_what_is_said() -> None:
     _, text = one(Kind.DELIVER, arg=2, source=2, rip=0x1000, rsp=0x2000, known=int(Known.ARG | Known.SOURCE | Known.RSP))
     assert text == "NMI  rsp 0x2000"
+
+
+def test_brief_forms_begin_with_what_matters() -> None:
+    def fill(writer: TraceWriter) -> None:
+        writer.symbols = f"{DO_NMI:x} {DO_NMI + 64:x} do_nmi\n".encode()
+        writer.event(Kind.WRITE, rip=DO_NMI + 2, addr=IST_NMI - 48, arg=8, value=0x18)
+        writer.event(Kind.WRITE, rip=0x1000, addr=0x2000, arg=4)
+        writer.event(Kind.READ)
+        writer.event(Kind.DELIVER, rip=DO_NMI, arg=2, source=Source.NMI)
+        writer.event(Kind.DELIVER, arg=2, source=Source.EXTINT)
+        writer.event(Kind.DELIVER, arg=18, source=Source.SOFT_INT)
+        writer.event(Kind.DELIVER, arg=0xEC, source=Source.FIXED)
+        writer.event(Kind.DELIVER, arg=3, source=Source.SOFT_INT, code=1)
+        writer.event(Kind.DELIVER, source=Source.FIXED)
+
+    trace = build(fill)
+    words = Words(trace)
+    assert words.event_brief(trace.event(0)) == "write …bffd2fd0 by do_nmi+2 = 0x18 (8 bytes)"
+    assert words.event_brief(trace.event(1)) == "write 0x2000 by 0x1000 (4 bytes)"
+    assert words.event_brief(trace.event(2)).startswith("read ?")
+    assert words.event_brief(trace.event(3)) == words.event_line(trace.event(3))
+    said = [words.delivery_brief(trace.event(n)) for n in range(3, 9)]
+    assert said == ["NMI", "fake NMI", "fake #MC", "intr 0xec", "int3", "delivery of an unknown vector"]
+    assert words.frame_brief(VICTIM) == "NMI@0"
+    assert words.finding_brief(CLOBBER).startswith("@3 NMI overwrote the frame of the NMI at event 0")
+
+
+def test_nothing_found_says_what_the_scan_covered() -> None:
+    words = Words(race())
+    assert words.nothing_found(None) == ["The scan of all 4 events found nothing: no findings."]
+    assert words.nothing_found(STATS)[1:] == ["3 of 3 deliveries were judged."]
+    assert words.nothing_found(replace(STATS, deliveries=0, judged=0))[1:] == ["It has no deliveries to judge."]
+    assert words.nothing_found(STATS, ("records are missing",))[2:] == ["It is not known to be clean:", "- records are missing"]
+
+
+def test_no_place_names_what_the_layout_lacks() -> None:
+    def first(layout: Layout) -> str:
+        return " ".join(Words(build(lambda writer: setattr(writer, "layout", layout))).no_place())
+
+    assert first(LAYOUT) == ""
+    assert "neither TSS nor IDT is known" in first(Layout())
+    assert "no IDT is known, and only the IDT says" in first(Layout(tss=LAYOUT.tss, idts=(Idt(0x6000, {}),)))
+    assert "no TSS is known, and only the TSS says" in first(Layout(idts=LAYOUT.idts))

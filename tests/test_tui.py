@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
 import threading
+import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
-from samples import CS, DO_NMI, IST_NMI, NMI_RSP, race
+from samples import CS, DO_NMI, IST_NMI, LAYOUT, NMI_RSP, SS, SYMBOLS, fill_race, race, write_race
 from textual.pilot import Pilot
 from textual.widgets import Input
 
 from tracedbg.describe import Words
-from tracedbg.errors import ReplayError
+from tracedbg.errors import ReplayError, UsageError
+from tracedbg.layout import Idt, Layout
 from tracedbg.state import EventFlag, Kind, Source
 from tracedbg.trace import Trace, TraceWriter, build
-from tracedbg.tui.app import TraceApp
+from tracedbg.tui.app import TraceApp, run_app
 from tracedbg.tui.shot import settle, shoot
+from tracedbg.tui.stack_view import elide
 
 Script = Callable[["Screen"], Awaitable[None]]
 
@@ -77,7 +90,7 @@ def test_opens_at_the_first_finding_and_shows_what_was_overwritten() -> None:
         rsp = screen.line(f"✗ was {0xFFFF8300BFFD7E98:#x}")
         assert f"{NMI_RSP:x} rsp" in rsp
         assert "✗ was 0xe010" in text
-        assert "= same value, event 3" in screen.line("000000000000e008 cs     NMI@3")
+        assert "= same value" in screen.line("000000000000e008 cs     NMI@3")
         assert "✗ 1 error" in text and "[victim]" in text and "[overwrites]" in text
 
     drive(race(), script)
@@ -145,7 +158,11 @@ def test_goto_understands_numbers_percentages_places_and_source_numbers() -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["10", "99999999999999999999", "abc", "-1", "101%", "finding 9", "finding 0", "#9999", "!", "1e3", "[bold]x[red]"]
+    "text",
+    [
+        "10", "99999999999999999999", "abc", "-1", "101%", "finding 9", "finding 0", "#9999", "!", "1e3", "[bold]x[red]",
+        "\uff11", "finding \uff11", "#\uff15\uff17\uff10", "\u0663%", "f\u00a01",
+    ],
 )
 def test_bad_goto_is_told_in_the_status_line(text: str) -> None:
     async def script(screen: Screen) -> None:
@@ -316,8 +333,6 @@ def test_hostile_names_reach_no_terminal() -> None:
     evil = "\x1b]0;x\x07\x1b[31m[bold red]pwn[/]\u202e"
 
     def fill(writer: TraceWriter) -> None:
-        from samples import LAYOUT
-
         LAYOUT.names[2] = evil
         try:
             writer.layout = LAYOUT
@@ -347,7 +362,9 @@ def test_trace_without_layout_says_so() -> None:
         writer.event(Kind.DELIVER, cpu=0, rip=1, arg=2, source=Source.NMI)
 
     async def script(screen: Screen) -> None:
-        assert "The trace has no TSS and no IDT" in screen.text()
+        text = screen.text()
+        assert "Frames cannot be placed: neither TSS nor IDT is known" in text and "--layout FILE" in text
+        assert "It is not known to be clean" in text and "no layout: 1 delivery cannot be placed on a stack" in text
 
     drive(build(fill), script)
 
@@ -391,3 +408,190 @@ def test_pictures_of_equal_screens_are_equal() -> None:
     first = picture()
     assert first == picture()
     assert "0xffff82d0402f9c06" in first
+
+
+def test_scan_that_found_nothing_says_so() -> None:
+    def fill(writer: TraceWriter) -> None:
+        writer.layout = LAYOUT
+        writer.event(
+            Kind.DELIVER, cpu=0, rip=DO_NMI, rsp=NMI_RSP, cs=CS, ss=SS, rflags=0x46, arg=2, source=Source.NMI, source_index=7
+        )
+
+    async def script(screen: Screen) -> None:
+        text = screen.text()
+        assert "The scan of the only event found nothing: no findings." in text
+        assert "1 of 1 delivery was judged." in text
+        assert "not known to be clean" not in text and "cannot be placed" not in text
+
+    drive(build(fill), script)
+    drive(build(fill), script, size=(80, 24))
+
+
+def test_layout_without_idt_names_what_is_missing() -> None:
+    def fill(writer: TraceWriter) -> None:
+        writer.layout = Layout(tss=LAYOUT.tss, idts=(Idt(0x6000, {}),), cpus=LAYOUT.cpus)
+        writer.event(Kind.DELIVER, cpu=0, rip=DO_NMI, rsp=NMI_RSP, cs=CS, ss=SS, rflags=0x46, arg=2, source=Source.NMI)
+
+    async def script(screen: Screen) -> None:
+        assert "Frames cannot be placed: no IDT is known" in screen.text()
+
+    drive(build(fill), script)
+
+
+def fake_race(writer: TraceWriter) -> None:
+    """A fake NMI from an 8259, stores of its handler, then the genuine NMI over its frame."""
+    writer.layout = LAYOUT
+    writer.symbols = SYMBOLS
+    inner = {"cpu": 0, "rip": DO_NMI, "rsp": NMI_RSP, "rflags": 0x46, "cs": CS, "ss": 0}
+    writer.event(Kind.DELIVER, cpu=0, rip=0x1000, rsp=0x9000, rflags=0x206, cs=CS, ss=SS, arg=2, source=Source.EXTINT)
+    writer.event(Kind.WRITE, cpu=0, rip=DO_NMI, addr=IST_NMI - 48, arg=8, value=0x1122334455667788)
+    writer.event(Kind.DELIVER, arg=2, source=Source.NMI, **inner)
+
+
+def test_owner_of_a_word_keeps_the_number_of_its_event() -> None:
+    async def script(screen: Screen) -> None:
+        text = await screen.press("g")
+        assert text.count("fake NMI@0") == 5
+        assert "[overwrites]" not in screen.line("▶! 0 ")  # a fake has overwritten nothing
+        assert "[overwrites] NMI" in await screen.press("n")
+
+    drive(build(fake_race), script)
+
+
+def test_caption_that_does_not_fit_is_said_in_fewer_words() -> None:
+    async def script(screen: Screen) -> None:
+        await screen.press("G")
+        if screen.app.size.width < 100:
+            assert "✗ fake NMI@0: live, OVERWRITTEN by event 2" in screen.text()
+        else:
+            assert "✗ 8259 interrupt 0x02 (fake NMI) at event 0: live, OVERWRITTEN by event 2" in screen.text()
+
+    drive(build(fake_race), script, size=(70, 30))
+    drive(build(fake_race), script, size=(200, 60))
+
+
+def test_narrow_lists_put_first_what_matters() -> None:
+    async def script(screen: Screen) -> None:
+        store = screen.line("write ")
+        assert f"write …{IST_NMI - 48 & 0xFFFFFFFF:08x} by do_nmi+2 = 0x" in store
+        assert "frame-clobbered @2 NMI overwrote" in screen.text()
+
+    drive(build(fake_race), script)
+
+    async def wide(screen: Screen) -> None:
+        assert f"write 8 @ {IST_NMI - 48:x} = 0x1122334455667788  at do_nmi+2" in screen.text()
+
+    drive(build(fake_race), wide, size=(80, 24))
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 36), (200, 60)])
+def test_long_symbols_keep_their_offset(size: tuple[int, int]) -> None:
+    def fill(writer: TraceWriter) -> None:
+        fill_race(writer)
+        long = b"asm_common_interrupt_handler_with_a_long_name.isra.0.constprop.12"
+        writer.symbols = SYMBOLS.replace(b"do_nmi", long).replace(b"default_idle", b"std::pair<int, int>::operator() const")
+
+    async def script(screen: Screen) -> None:
+        row = screen.line("◀ RSP")
+        shown = row.split("◀ RSP")[1].strip()
+        if size[0] == 120:  # whose word it is and what it was leave no room: then no stump either
+            assert not shown and "NMI@3 ✗ was" in row
+        else:
+            assert shown.startswith("a") and shown.endswith("…+2")
+
+    drive(build(fill), script, size=size)
+
+
+def test_elide() -> None:
+    assert elide("do_nmi+2", 8) == "do_nmi+2"
+    assert elide("vprintk_emit+0x1d", 10) == "vpri…+0x1d"
+    assert elide("vprintk_emit", 6) == "vprin…"
+    assert elide("a+0x1234", 3) == "a+0"
+    assert elide("name", 0) == ""
+
+
+def test_double_fault_marks_both_that_could_not_be_delivered(root: Path) -> None:
+    async def script(screen: Screen) -> None:
+        assert "[cause] int3 FAILED" in screen.text() and "[cause] #PF FAILED" in screen.text()
+        assert "[overwrites]" not in screen.text()
+
+    drive(Trace.open(str(root / "traces" / "double-fault.tdbg")), script)
+
+
+def test_ctrl_c_leaves_the_prompt_then_the_viewer() -> None:
+    async def script(screen: Screen) -> None:
+        await screen.press("colon", "1", "ctrl+c")
+        assert screen.app.is_running and not screen.app.screen.has_class("asking")
+        await screen.pilot.press("ctrl+c")
+
+    assert drive(race(), script).return_code == 130
+
+
+@pytest.mark.parametrize("term", ["dumb", "unknown"])
+def test_terminal_that_cannot_place_text_is_refused(monkeypatch: pytest.MonkeyPatch, term: str) -> None:
+    monkeypatch.setenv("TERM", term)
+    with race() as trace, pytest.raises(UsageError, match=f"TERM={term}"):
+        run_app(trace, Words(trace))
+
+
+class Terminal:
+    """The viewer as a process on a terminal of its own."""
+
+    def __init__(self, path: Path, root: Path, **env: str) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 36, 120, 0, 0))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tracedbg", str(path)], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(root), "TERM": "xterm-256color", **env},
+        )  # fmt: skip
+        os.close(slave)
+
+    def read(self, until: bytes = b"", seconds: float = 60) -> bytes:
+        """What comes until a text, or until the process has closed the terminal."""
+        got = b""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not (until and until in got):
+            if not select.select([self.master], [], [], 0.1)[0]:
+                continue
+            try:
+                data = os.read(self.master, 1 << 16)
+            except OSError:
+                break
+            if not data:
+                break
+            got += data
+        return got
+
+    def close(self) -> None:
+        os.close(self.master)
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_signals_leave_the_terminal_as_it_was(root: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    path = tmp_path / "race.tdbg"
+    write_race(path)
+    terminal = Terminal(path, root)
+    try:
+        assert b"OVERWRITTEN" in terminal.read(b"OVERWRITTEN")
+        terminal.process.send_signal(number)
+        rest = terminal.read()
+        assert terminal.process.wait(30) == code
+    finally:
+        terminal.close()
+    assert all(sequence in rest for sequence in (b"\x1b[?1049l", b"\x1b[?25h", b"\x1b[?1000l"))
+    assert b"Traceback" not in rest
+
+
+def test_dumb_terminal_gets_one_line(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "race.tdbg"
+    write_race(path)
+    terminal = Terminal(path, root, TERM="dumb")
+    try:
+        text = terminal.read()
+        assert terminal.process.wait(30) == 2
+    finally:
+        terminal.close()
+    assert text.count(b"\n") == 1 and b"TERM=dumb" in text and b"\x1b" not in text

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from samples import race
+from samples import STATS, race
 
 from tracedbg.replay import Replay
-from tracedbg.state import Finding, Kind, Position, Word
+from tracedbg.state import Finding, Kind, Position, Stats, Word
 from tracedbg.tui.session import Failed, Found, Progress, Search, Seek, Session, SourceSearch, View
 
 
@@ -54,6 +54,9 @@ class SlowReplay:
 
     def findings(self, first: int = 0) -> tuple[Finding, ...]:
         return ()
+
+    def stats(self) -> Stats:
+        return STATS
 
     def find(
         self, start: int, direction: int = 1, kinds: Iterable[Kind] = (), vector: int | None = None, cpu: int | None = None,

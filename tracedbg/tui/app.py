@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +19,8 @@ from textual.widgets import Footer, Input, Static
 
 from tracedbg.describe import Words
 from tracedbg.errors import TracedbgError, UsageError
-from tracedbg.state import Event, Kind, Known
+from tracedbg.report import not_judged, unknown_reasons
+from tracedbg.state import Event, Kind, Known, Stats
 from tracedbg.text import clean, clean_path
 from tracedbg.trace import Trace
 from tracedbg.tui.details import Details
@@ -37,6 +42,8 @@ MAX_BACK = 256
 PATIENCE = 0.2  # seconds
 MIN_TEXT = 40  # columns that text is wrapped to at least
 PANES = ("events", "stacks", "details", "findings")
+DUMB = frozenset({"dumb", "unknown"})  # terminals that cannot place text
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}  # and what the viewer returns after them
 
 _FINDING = Binding.Group("finding", compact=True)
 _CPU = Binding.Group("same cpu", compact=True)
@@ -71,6 +78,7 @@ class TraceApp(App[int]):
         Binding("escape", "cancel", "cancel", show=False),
         Binding("question_mark,f1", "help", "help", key_display="?"),
         Binding("q", "quit", "quit"),
+        Binding("ctrl+c", "interrupt", show=False, priority=True),
     ]
 
     def __init__(
@@ -86,6 +94,7 @@ class TraceApp(App[int]):
         self._moved = start is not None  # the user chose a place: do not jump to the first finding
         self._scanned = 0
         self._done = False
+        self._stats: Stats | None = None
         self._finding: int | None = None  # number of the finding that the details tell about
         self._last: int | None = None  # the one before stepping away: its events stay marked
         self._back: list[int] = []
@@ -192,7 +201,7 @@ class TraceApp(App[int]):
         self._paint()
 
     def _progressed(self, progress: Progress) -> None:
-        self._scanned, self._done = progress.scanned, progress.done
+        self._scanned, self._done, self._stats = progress.scanned, progress.done, progress.stats
         if progress.findings or progress.done:
             self.findings.take(progress.first, progress.findings)
             self.query_one("#events", EventList).set_marks(self.findings.marks)
@@ -276,6 +285,8 @@ class TraceApp(App[int]):
             title = f"Finding {self._finding + 1} of {len(self.findings)}"
             width = self.query_one("#details", Details).text_width
             lines += [*self.words.finding_text(finding, width=max(width, MIN_TEXT)), ""]
+        elif self._done and self._stats is not None and self.trace.count and not self.findings:
+            lines += [*self._nothing_found(self._stats), ""]
         if self.trace.count:
             lines += event_lines(self.trace.event(self.selected), self.words, self.trace.clock_hz)
         else:
@@ -284,7 +295,16 @@ class TraceApp(App[int]):
             lines += state_lines(self.view, self.words)
         self.query_one("#details", Details).show_lines(title, lines)
 
+    def _nothing_found(self, stats: Stats) -> list[str]:
+        layout = self.trace.layout
+        reasons = (*unknown_reasons(self.trace, layout, stats), *not_judged(stats, layout))
+        return self.words.nothing_found(stats, reasons)
+
     # -- messages of the panes -----------------------------------------------------------------------------------------
+
+    @on(Details.Resized)
+    def _details_resized(self) -> None:
+        self._paint_details()
 
     @on(LineList.Moved)
     def _cursor_moved(self, message: LineList.Moved) -> None:
@@ -381,6 +401,13 @@ class TraceApp(App[int]):
             self.screen.minimize()
             self._say("")
 
+    def action_interrupt(self) -> None:
+        """Ctrl-C: out of the prompt, else out of the viewer, as the signal that it would be elsewhere."""
+        if self.screen.has_class("asking"):
+            self.action_cancel()
+        else:
+            self.exit(return_code=SIGNALS[signal.SIGINT])
+
     @on(Input.Submitted, "#goto")
     def _asked(self, message: Input.Submitted) -> None:
         self.action_cancel()
@@ -397,14 +424,30 @@ class TraceApp(App[int]):
             self.go_to(target)
 
 
+async def _run(app: TraceApp) -> None:
+    """Run the app; signals that end it leave the terminal as it was."""
+    loop = asyncio.get_running_loop()
+    for number, code in SIGNALS.items():
+        loop.add_signal_handler(number, partial(app.exit, return_code=code))
+    try:
+        await app.run_async()
+    finally:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+
+
 def run_app(trace: Trace, words: Words, *, start: int | None = None) -> int:
     """Run the viewer until the user quits; the exit code. `start` is a position: N + 1 shows event N.
 
     The Replay is closed when it returns, the trace is not.
     """
+    term = os.environ.get("TERM", "")
+    if term in DUMB:
+        text = f"the viewer needs a terminal that can place text, which TERM={term} cannot"
+        raise UsageError(f"{text}; `tracedbg replay TRACE` prints the verdict")
     app = TraceApp(trace, words, start=start)
     try:
-        app.run()
+        asyncio.run(_run(app))
     finally:
         app.session.stop()
     return app.return_code or 0

@@ -8,6 +8,7 @@ from typing import ClassVar
 from rich.segment import Segment
 from textual import events
 from textual.binding import Binding, BindingType
+from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
@@ -36,14 +37,18 @@ class Details(ScrollView, can_focus=True):
     ]
     BORDER_TITLE = "Details"
 
+    class Resized(Message):
+        """There is another number of columns for text."""
+
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id)
         self.lines: tuple[str, ...] = ()
         self._wrapped: list[str] = []
+        self._width = 0
 
     @property
     def text_width(self) -> int:
-        """Columns for text."""
+        """Columns for text; before the first layout a guess."""
         return max(self.scrollable_content_region.width, 20)
 
     def show_lines(self, title: str, lines: list[str]) -> None:
@@ -66,6 +71,9 @@ class Details(ScrollView, can_focus=True):
 
     def on_resize(self, event: events.Resize) -> None:
         self._wrap()
+        if self._width != self.text_width:
+            self._width = self.text_width
+            self.post_message(self.Resized())
 
     def render_line(self, y: int) -> Strip:
         width = self.scrollable_content_region.width

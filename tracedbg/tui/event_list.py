@@ -15,6 +15,7 @@ from tracedbg.tui.marks import GLYPHS
 
 PROBE = 32  # events looked at, at both ends, to see whether the source has numbers of its own
 TIME_WIDTH = 100  # narrower lists have no column for the time
+BRIEF_WIDTH = 64  # narrower ones say it in fewer words
 
 
 class EventList(LineList):
@@ -62,9 +63,11 @@ class EventList(LineList):
         mark = Segment(f"{GLYPHS[severity]} ", base + self.part(f"marks--{severity}")) if severity else Segment("  ", base)
         segments = [Segment("▶" if current else " ", base), mark, Segment(f"{index:>{self._digits}} ", number)]
         event = self._trace.event(index)
+        brief = width < BRIEF_WIDTH
         if self._source_width:
             source = f"#{event.source_index}" if event.known & Known.SOURCE_INDEX else ""
-            segments.append(Segment(f"{source:<{self._source_width}} ", number))
+            if source or not brief:
+                segments.append(Segment(f"{source:<{self._source_width}} ", number))
         if self._trace.cpus > 1:
             cpu = str(event.cpu) if event.known & Known.CPU else "?"
             segments.append(Segment(f"c{cpu:<{self._cpu_digits}} ", number))
@@ -73,5 +76,5 @@ class EventList(LineList):
         role = self._roles.get(index)
         if role:
             segments.append(Segment(f"[{role}] ", base + self.part("events--part")))
-        segments.append(Segment(self._words.event_line(event), base))
+        segments.append(Segment(self._words.event_brief(event) if brief else self._words.event_line(event), base))
         return segments

@@ -13,6 +13,8 @@ from tracedbg.state import Finding
 from tracedbg.tui.lines import LineList
 from tracedbg.tui.marks import GLYPHS
 
+BRIEF_WIDTH = 80  # narrower lists say it in fewer words
+
 
 class FindingList(LineList):
     """One line for each finding: severity, number, rule, what happened."""
@@ -39,5 +41,5 @@ class FindingList(LineList):
         return [
             Segment("▶" if current else " ", base),
             Segment(f"{GLYPHS[severity]} {index + 1} {rule} ", style),
-            Segment(self._words.finding_line(finding), base),
+            Segment(self._words.finding_brief(finding) if width < BRIEF_WIDTH else self._words.finding_line(finding), base),
         ]

@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 from tracedbg import rules
-from tracedbg.state import Finding
+from tracedbg.state import Finding, Rule
 from tracedbg.tui.marks import GLYPHS
 
 
@@ -66,10 +66,15 @@ class Findings:
         if number is None or self.valid(number) is None:
             return {}
         finding = self.items[number]
+        victim = finding.victim
+        # Without a victim the writer is just the delivery that the finding is about, and its mark says so.
+        writer = finding.writer if victim is not None else None
+        double = finding.rule is Rule.DOUBLE_FAULT
         parts = (
             (finding.consumer, "pops"),
+            (finding.cause_frame if double else None, "cause"),
             (finding.cause_event, "cause"),
-            (finding.victim.entry if finding.victim is not None else None, "victim"),
-            (finding.writer.entry if finding.writer is not None else None, "overwrites"),
+            (victim.entry if victim is not None else None, "victim"),
+            (writer.entry if writer is not None else None, "overwrites"),
         )
         return {event: part for event, part in parts if event is not None}

@@ -11,7 +11,7 @@ from tracedbg.text import clean
 from tracedbg.tui.session import SourceSearch
 
 HELP = "12, 50%, end, finding 2, #571 (source's number)"
-_FINDING = re.compile(r"(?:f|finding)\s*#?(\d{1,12})")
+_FINDING = re.compile(r"(?:f|finding) *#?([0-9]{1,12})")
 
 
 def parse_goto(text: str, count: int, findings: Sequence[Finding]) -> int | SourceSearch:
@@ -28,14 +28,14 @@ def parse_goto(text: str, count: int, findings: Sequence[Finding]) -> int | Sour
         if not 1 <= number <= len(findings):
             raise UsageError(f"there is no finding {number}; the trace has {len(findings)} so far")
         return findings[number - 1].event
-    if re.fullmatch(r"\d{1,3}(\.\d{1,6})?%", wanted):
+    if re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,6})?%", wanted):
         share = float(wanted[:-1])
         if share > 100:
             raise UsageError(f"{share:g}% is past the end")
         return min(int(count * share / 100), count - 1)
-    if match := re.fullmatch(r"#(\d{1,12})", wanted):
+    if match := re.fullmatch(r"#([0-9]{1,12})", wanted):
         return SourceSearch(int(match[1]))
-    if re.fullmatch(r"\d{1,20}|0x[0-9a-f]{1,16}", wanted):
+    if re.fullmatch(r"[0-9]{1,20}|0x[0-9a-f]{1,16}", wanted):
         index = int(wanted, 0) if wanted.startswith("0x") else int(wanted)
         if index >= count:
             raise UsageError(f"event {index} is past the last one, {count - 1}")

@@ -29,7 +29,7 @@ KEYS = (
     ("z", "make the pane as large as the screen, and back"),
     ("Enter", "finding: to its event;  word: to the event that wrote it"),
     ("y", "copy what the details say"),
-    ("? q", "this page;  quit"),
+    ("? q", "this page;  quit (Ctrl-C too)"),
     ("Frames", ""),
     ("●", "live: its context is still to be resumed"),
     ("✗", "overwritten while it was live; `was` is what its own delivery stored"),

@@ -12,10 +12,6 @@ from tracedbg.tui.session import StackWords, View
 
 FOLD = 4  # that many words with one value and one writer become one row
 WORD = 8
-NO_LAYOUT = (
-    "The trace has no TSS and no IDT: where frames went is not known.",
-    "Open it with --layout FILE (see `tracedbg help layout`).",
-)
 UNKNOWN_VALUE = "?" * 16
 MASK = (1 << 64) - 1
 
@@ -25,6 +21,7 @@ class RowKind(Enum):
     FRAME = "frame"
     WORD = "word"
     FOLD = "fold"
+    NOTE = "note"
 
 
 class Status(Enum):
@@ -40,10 +37,11 @@ class Status(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the stack pane. Words have `addr` and `value`, other rows `text`."""
+    """One line of the stack pane. Words have `addr` and `value`, other rows `text`, frames a `brief` one too."""
 
     kind: RowKind
     text: str = ""
+    brief: str = ""
     addr: int | None = None
     value: str = ""
     slot: str = ""
@@ -68,6 +66,7 @@ class _Owner:
     hi: int
     short: str
     caption: str
+    brief: str
     status: Status
     frame: Frame | None
     by: int | None = None  # who overwrote it
@@ -77,8 +76,10 @@ def build_rows(view: View, words: Words) -> tuple[Row, ...]:
     """All rows of the stacks of a view."""
     rows: list[Row] = []
     empty = []
+    placed = False
     for entry in _ordered(view):
         owners = _owners(view, entry, words)
+        placed = placed or bool(owners) or (entry.stack.named and entry.stack.slot != 0)
         here = _rsp_on(view, entry.stack)
         if not entry.words and not owners and not here:
             empty.append(words.stack_name(entry.stack.slot))
@@ -86,9 +87,10 @@ def build_rows(view: View, words: Words) -> tuple[Row, ...]:
         head = words.stack_line(entry.stack) + (", in use" if here else "")
         rows.append(Row(RowKind.STACK, head))
         rows += _stack_rows(view, entry, owners, words)
-    if words.trace.layout.is_empty:
-        rows += [Row(RowKind.FOLD, text) for text in NO_LAYOUT]
-    elif empty:
+    why = words.no_place()
+    if why and not placed:  # a trace may bring TSS and gates as events
+        return (*(Row(RowKind.NOTE, text) for text in why), *rows)
+    if empty:
         rows.append(Row(RowKind.FOLD, "nothing known of " + ", ".join(empty)))
     return tuple(rows)
 
@@ -157,8 +159,9 @@ def _owners(view: View, entry: StackWords, words: Words) -> dict[int, _Owner]:
 
 
 def _frame_owner(frame: Frame, status: Status, text: str, words: Words, by: int | None = None) -> _Owner:
-    short = f"{words.frame_kind(frame)}@{frame.entry}"
-    return _Owner(frame.entry, frame.lo, frame.hi, short, f"{words.frame_name(frame)}: {text}", status, frame, by)
+    short = words.frame_brief(frame)
+    caption = f"{words.frame_name(frame)}: {text}"
+    return _Owner(frame.entry, frame.lo, frame.hi, short, caption, f"{short}: {text}", status, frame, by)
 
 
 def _open(frame: Frame, words: Words) -> _Owner:
@@ -199,7 +202,9 @@ def _left(number: int, lo: int, hi: int, words: Words) -> _Owner | None:
     if event is None or event.kind is not Kind.DELIVER or hi % 16 or hi - lo > 6 * WORD:
         return None
     name = words.delivery_name(event)
-    return _Owner(number, lo, hi, f"{name}@{number}", f"{name} at {words.event_name(number)}: left", Status.LEFT, None)
+    short = f"{words.delivery_brief(event)}@{number}"
+    caption = f"{name} at {words.event_name(number)}: left"
+    return _Owner(number, lo, hi, short, caption, f"{short}: left", Status.LEFT, None)
 
 
 def _slot(owner: _Owner, addr: int) -> str:
@@ -242,7 +247,8 @@ def _stack_rows(view: View, entry: StackWords, owners: dict[int, _Owner], words:
             yield _fold((expected - addr) // WORD, "unknown")
         here = [o for o in owners.values() if o.lo <= addr < o.hi]
         for owner in sorted((o for o in here if addr == o.hi - WORD), key=lambda o: o.entry):
-            yield Row(RowKind.FRAME, owner.caption, status=owner.status, writer=owner.entry, changed=owner.entry == selected)
+            row = Row(RowKind.FRAME, owner.caption, owner.brief, status=owner.status, writer=owner.entry)
+            yield replace(row, changed=owner.entry == selected)
         count = _run(ordered, at, by_addr, before, owners, rsp)
         if count >= FOLD and addr not in taken:
             yield _fold(count, f"{by_addr[addr].value:#x}")
@@ -335,7 +341,7 @@ def _writer_name(writer: int | None, words: Words) -> str:
     event = words.event(writer)
     if event is None:
         return f"event@{writer}"
-    return f"{words.delivery_name(event) if event.kind is Kind.DELIVER else event.kind.name.lower()}@{writer}"
+    return f"{words.delivery_brief(event) if event.kind is Kind.DELIVER else event.kind.name.lower()}@{writer}"
 
 
 def _value(word: Word | None) -> str:

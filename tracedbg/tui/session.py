@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
-from tracedbg.state import Finding, Kind, Known, Position, Stack, Word
+from tracedbg.state import Finding, Kind, Known, Position, Stack, Stats, Word
 
 SLICE = 0.005  # seconds of work between two looks at the mailbox: a new wish waits no longer than that
 REPORT = 0.05  # seconds between two reports of progress
@@ -32,6 +32,7 @@ class ReplayLike(Protocol):
     def state(self) -> Position: ...
     def words(self, lo: int, hi: int) -> tuple[Word, ...]: ...
     def findings(self, first: int = 0) -> tuple[Finding, ...]: ...
+    def stats(self) -> Stats: ...
     def find(
         self,
         start: int,
@@ -104,6 +105,7 @@ class Progress:
     first: int
     findings: tuple[Finding, ...]
     done: bool
+    stats: Stats | None = None  # once done
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +229,8 @@ class Session(threading.Thread):
         self._findings += replay.findings(len(self._findings))
         first, self._unreported = self._unreported, len(self._findings)
         self._reported = now
-        self._post(Progress(replay.scanned, replay.count, first, tuple(self._findings[first:]), self._done))
+        stats = replay.stats() if self._done else None
+        self._post(Progress(replay.scanned, replay.count, first, tuple(self._findings[first:]), self._done, stats))
 
     def _answer(self, replay: ReplayLike, wish: Wish) -> None:
         if isinstance(wish, Seek):

@@ -19,7 +19,8 @@ from tracedbg.commands.convert import code_addresses
 from tracedbg.layout import Fidelity, Layout, from_toml, load_toml
 from tracedbg.state import Kind
 from tracedbg.symbols import Symbols
-from tracedbg.trace import Trace, TraceWriter
+from tracedbg.trace import Trace
+from tracedbg.writer import TraceWriter
 
 USER = 'user = [["0x111000", "0x113000"]]\n'  # the guest's own user page, which no log tells
 
@@ -86,8 +87,10 @@ def linux_nested(data: Path) -> Trace:
 
 def linux_symbols(data: Path) -> Symbols:
     table = json.loads((data / "qemu/linux/nest_plugin/kallsyms.json").read_text())
-    lines = sorted(f"{int(addr, 16):016x} T {name}" for name, addr in table.items() if int(addr, 16) > 1 << 63)
-    return Symbols.parse("\n".join(lines).encode() + b"\n", "kallsyms.json")
+    found = sorted((int(addr, 16), name) for name, addr in table.items() if int(addr, 16) > 1 << 63)
+    ends = [addr for addr, _ in found[1:]] + [1 << 64]
+    # The list names a few functions only: what lies far behind one of them is in another.
+    return Symbols((addr, min(end, addr + 0x400), name) for (addr, name), end in zip(found, ends, strict=True))
 
 
 def copy(trace: Trace, writer: TraceWriter) -> None:

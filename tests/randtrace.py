@@ -28,7 +28,8 @@ from tracedbg.layout import (
     Tss,
 )
 from tracedbg.state import Cause, EventFlag, Evidence, FrameStatus, Kind, Known, Rule, Settle, Source
-from tracedbg.trace import MemoryRange, Trace, TraceWriter, build
+from tracedbg.trace import MemoryRange, Trace
+from tracedbg.writer import TraceWriter, build
 
 MASK = (1 << 64) - 1
 POISON = 0x8600111111111111

@@ -18,7 +18,8 @@ from tracedbg.state import (
     Source,
     Stats,
 )
-from tracedbg.trace import Trace, TraceWriter, build
+from tracedbg.trace import Trace
+from tracedbg.writer import TraceWriter, build
 
 DEFAULT_IDLE = 0xFFFF82D0402F9C06
 DO_NMI = 0xFFFF82D04032A242

@@ -23,7 +23,8 @@ from samples import CS, DEFAULT_IDLE, LAYOUT, TASK_RSP, fill_race, write_race
 from tracedbg import __version__
 from tracedbg.layout import Layout, to_toml
 from tracedbg.state import Kind, Source
-from tracedbg.trace import Trace, TraceWriter
+from tracedbg.trace import Trace
+from tracedbg.writer import TraceWriter
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 

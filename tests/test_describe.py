@@ -39,7 +39,8 @@ from tracedbg.state import (
     Word,
 )
 from tracedbg.symbols import Symbols
-from tracedbg.trace import Trace, TraceWriter, build
+from tracedbg.trace import Trace
+from tracedbg.writer import TraceWriter, build
 
 
 @pytest.fixture
@@ -276,7 +277,7 @@ BECAUSE = "the IRET of the #MC at event 1 (#570) had unblocked NMIs"
 def test_an_overwrite_that_is_open_is_worded_conditionally(words: Words) -> None:
     assert words.finding_line(CLOBBER) == (
         f"cpu 0, event 3 (#571): {OVERWROTE}: {BECAUSE}. Still live at the end of the trace: if it is resumed from these "
-        "bytes, the IRET goes to do_nmi+2 instead of default_idle+0xc6, back into its own handler, for ever."
+        "bytes, the IRET goes to do_nmi+2 instead of default_idle+0xc6, back into its own handler, again and again."
     )
 
 
@@ -288,13 +289,13 @@ def test_an_inferred_overwrite_claims_less(words: Words) -> None:
 def test_a_loop_says_so(words: Words) -> None:
     assert words.finding_line(LOOP) == (
         f"cpu 0, event 3 (#571): {OVERWROTE}: {BECAUSE}. The IRET at event 5, the resume of event 0, went to do_nmi+2 "
-        "instead of default_idle+0xc6, back into its own handler, for ever; the trace has this return 1,973 times."
+        "instead of default_idle+0xc6, back into its own handler, again and again; the trace has this return 1,973 times."
     )
 
 
 def test_before_it_was_settled_a_finding_says_what_was_known(words: Words) -> None:
     assert "Still live here" in words.finding_line(LOOP, at=5)
-    assert "for ever; the trace has" in words.finding_line(LOOP, at=6)
+    assert "again and again; the trace has" in words.finding_line(LOOP, at=6)
     assert [step.event for step in words.finding_chain(LOOP, at=5)] == [0, 1, 2, 3]
 
 
@@ -418,19 +419,19 @@ def findings_of(kind: Kind, rule: Rule, fields: dict[str, int], **change: object
 def test_fakes() -> None:
     text = findings_of(Kind.DELIVER, Rule.FAKE_NMI, {"arg": 2, "source": Source.SOFT_INT}, count=3)
     assert text == (
-        "cpu 0, event 0: int 2 (fake NMI) ran the NMI handler, though to the CPU it is none: NMIs are not blocked in it, "
+        "cpu 0, event 0: int 2 (fake NMI) ran the NMI handler, but to the CPU it is none: NMIs are not blocked by it, "
         "3 times in all."
     )
     text = findings_of(Kind.DELIVER, Rule.FAKE_MCE, {"arg": 18, "source": Source.EXTERNAL})
-    assert "ran the #MC handler" in text and "MCIP is not set in it." in text
+    assert "ran the #MC handler" in text and "MCIP is not set by it." in text
 
 
 def test_user_stack() -> None:
     where = frame(0, 2, Source.NMI, 0x112000, replace(OUTER, rip=0x100486))
     text = findings_of(Kind.DELIVER, Rule.USER_STACK, {"arg": 2, "source": 2}, writer=where, lo=0x111FD8, hi=0x112000)
     assert text == (
-        "cpu 0, event 0: NMI at 0x100486 was pushed at CPL 0 onto memory of user mode, [0x111fd8, 0x112000), as its gate has "
-        "no IST stack."
+        "cpu 0, event 0: NMI at 0x100486 was pushed at CPL 0 onto memory of user mode, [0x111fd8, 0x112000): its gate has "
+        "no IST stack, and RSP was still user mode's."
     )
 
 

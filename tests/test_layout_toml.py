@@ -12,7 +12,7 @@ import pytest
 from tracedbg import wire
 from tracedbg.errors import FormatError
 from tracedbg.layout import REGION_STACK, CpuTables, Gate, Idt, Layout, Region, Tss, from_toml, to_toml
-from tracedbg.trace import build
+from tracedbg.writer import build
 
 TABLES = '[[tss]]\nbase = "0x5000"\nist2 = "0x9000"\n[[idt]]\nbase = "0x6000"\ngate.2 = {ist = 2}\n'
 

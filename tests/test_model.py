@@ -21,7 +21,8 @@ from tracedbg import wire
 from tracedbg.layout import REGION_USER, CpuTables, Fidelity, Gate, Idt, Layout, Region, Tss
 from tracedbg.replay import Replay
 from tracedbg.state import Cause, Context, EventFlag, Evidence, Finding, FrameStatus, Kind, Mismatch, Rule, Settle, Source
-from tracedbg.trace import Trace, TraceWriter, build
+from tracedbg.trace import Trace
+from tracedbg.writer import TraceWriter, build
 
 SEEDS = int(os.environ.get("TRACEDBG_MODEL_SEEDS", "10000"))
 CHUNKS = 10

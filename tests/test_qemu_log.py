@@ -27,7 +27,8 @@ from tracedbg.formats.source import Input
 from tracedbg.layout import REGION_STORES, REGION_USER, CpuTables, Fidelity, from_toml
 from tracedbg.state import Event, EventFlag, Kind, Known, Source
 from tracedbg.symbols import Symbols
-from tracedbg.trace import Trace, TraceWriter
+from tracedbg.trace import Trace
+from tracedbg.writer import TraceWriter
 
 DATA = Path(__file__).parent / "data" / "qemu"
 SHARED = Path(os.environ.get("TRACEDBG_DATA") or Path(__file__).parents[2] / "shared" / "data") / "qemu"

@@ -11,7 +11,8 @@ import pytest
 from tracedbg.layout import CpuTables, Fidelity, Gate, Idt, Layout, Region, Tss
 from tracedbg.replay import Replay
 from tracedbg.state import Cause, Evidence, FrameStatus, Kind, Mismatch, Rule, Settle, Source
-from tracedbg.trace import MemoryRange, TraceWriter, build
+from tracedbg.trace import MemoryRange
+from tracedbg.writer import TraceWriter, build
 
 # The bare-metal guest of the recorded runs: tops of its IST stacks, gates 1 -> IST4, 2 -> IST2, 8 -> IST1, 18 -> IST3.
 IST = (None, 0x110000, 0x10E000, 0x10C000, 0x10A000, None, None, None)

@@ -14,7 +14,8 @@ from tracedbg.layout import CpuTables, Gate, Idt, Layout, Tss
 from tracedbg.replay import Replay
 from tracedbg.report import Result, json_report, state_text, text, unknown_reasons, verdict
 from tracedbg.state import Cause, Evidence, Finding, Kind, Rule, Source
-from tracedbg.trace import Trace, TraceWriter, build
+from tracedbg.trace import Trace
+from tracedbg.writer import TraceWriter, build
 
 
 def result(*findings: Finding, trace: Trace | None = None, **change: object) -> Result:

@@ -14,7 +14,7 @@ from bench.synth import FULL, RET, pack, storm_layout
 from tracedbg.layout import Fidelity
 from tracedbg.replay import Replay
 from tracedbg.state import Kind, Source
-from tracedbg.trace import TraceWriter, build
+from tracedbg.writer import TraceWriter, build
 
 IF = 0x200
 

@@ -19,7 +19,8 @@ from tracedbg.errors import FormatError, ReplayError, TracedbgError, UsageError
 from tracedbg.layout import CpuTables, Fidelity, Gate, Idt, Layout, Region, Tss, from_toml, to_toml
 from tracedbg.replay import Replay
 from tracedbg.state import EventFlag, Kind, Known, Source
-from tracedbg.trace import MemoryRange, Trace, TraceWriter, build
+from tracedbg.trace import MemoryRange, Trace
+from tracedbg.writer import TraceWriter, build
 
 LAYOUT = Layout(
     tss=(Tss(0x105100, (0x108000, None, None), (None, 0x110000, 0x10E000, 0x10C000, 0x10A000, None, 0, 0)),),

@@ -26,10 +26,11 @@ from tracedbg.describe import Words
 from tracedbg.errors import ReplayError, UsageError
 from tracedbg.layout import Idt, Layout
 from tracedbg.state import EventFlag, Kind, Source
-from tracedbg.trace import Trace, TraceWriter, build
+from tracedbg.trace import Trace
 from tracedbg.tui.app import TraceApp, run_app
 from tracedbg.tui.shot import settle, shoot
 from tracedbg.tui.stack_view import elide
+from tracedbg.writer import TraceWriter, build
 
 Script = Callable[["Screen"], Awaitable[None]]
 
@@ -83,7 +84,7 @@ def test_opens_at_the_first_finding_and_shows_what_was_overwritten() -> None:
     async def script(screen: Screen) -> None:
         text = screen.text()
         assert screen.app.selected == 3
-        assert "NMI at event 0 (#569): live, OVERWRITTEN by event 3" in text
+        assert "NMI at event 0 (#569): still to resume, OVERWRITTEN by event 3" in text
         assert "NMI at event 3 (#571): live" in text
         rip = screen.line(f"✗ was {0xFFFF82D0402F9C06:#x}")
         assert f"{DO_NMI:x} rip" in rip and "◀ RSP" in rip
@@ -131,7 +132,7 @@ def test_state_at_each_step_is_that_after_the_event() -> None:
         assert "NMIs blocked since 0" in text and "OVERWRITTEN" not in text
         assert "NMI at event 0 (#569): live" in text
         assert "MCIP 1" in await screen.press("j")
-        assert "NMIs open" in await screen.press("j")
+        assert "NMIs not blocked" in await screen.press("j")
         assert "NMIs blocked since 3" in await screen.press("j")
 
     drive(race(), script)
@@ -462,9 +463,9 @@ def test_caption_that_does_not_fit_is_said_in_fewer_words() -> None:
     async def script(screen: Screen) -> None:
         await screen.press("G")
         if screen.app.size.width < 100:
-            assert "✗ fake NMI@0: live, OVERWRITTEN by event 2" in screen.text()
+            assert "✗ fake NMI@0: still to resume, OVERWRITTEN by event 2" in screen.text()
         else:
-            assert "✗ 8259 interrupt 0x02 (fake NMI) at event 0: live, OVERWRITTEN by event 2" in screen.text()
+            assert "✗ 8259 interrupt 0x02 (fake NMI) at event 0: still to resume, OVERWRITTEN by event 2" in screen.text()
 
     drive(build(fake_race), script, size=(70, 30))
     drive(build(fake_race), script, size=(200, 60))

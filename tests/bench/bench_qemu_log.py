@@ -30,6 +30,8 @@ def _median(work: Callable[[], object], turns: int) -> float:
 
 def main() -> None:
     """Print MB/s of each and the ratios."""
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     source = Path(sys.argv[1])
     turns = int(sys.argv[2]) if len(sys.argv) > 2 else 5
     with tempfile.TemporaryDirectory() as folder:

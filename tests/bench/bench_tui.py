@@ -27,8 +27,9 @@ from samples import CS, LAYOUT, TASK_RSP, fill_race  # noqa: E402
 from tracedbg import wire  # noqa: E402
 from tracedbg.describe import Words  # noqa: E402
 from tracedbg.state import Kind, Known, Source  # noqa: E402
-from tracedbg.trace import Trace, TraceWriter  # noqa: E402
+from tracedbg.trace import Trace  # noqa: E402
 from tracedbg.tui.app import TraceApp  # noqa: E402
+from tracedbg.writer import TraceWriter  # noqa: E402
 
 IMPORTED = perf_counter() - BEGAN
 

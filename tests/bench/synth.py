@@ -7,7 +7,7 @@ import struct
 from tracedbg import wire
 from tracedbg.layout import CpuTables, Fidelity, Gate, Idt, Layout, Tss
 from tracedbg.state import Kind, Known, Source
-from tracedbg.trace import TraceWriter
+from tracedbg.writer import TraceWriter
 
 FULL = Known.RIP | Known.RSP | Known.RFLAGS | Known.CPU | Known.CS | Known.SS | Known.ARG | Known.SOURCE
 RET = Known.RIP | Known.RSP | Known.ADDR | Known.VALUE | Known.RFLAGS | Known.CPU | Known.CS | Known.SS

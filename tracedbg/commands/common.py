@@ -147,8 +147,13 @@ def position_of(at: str, trace: Trace) -> int:
     """The position that --at names: N is the state after event N."""
     if at in ("start", "end"):
         return 0 if at == "start" else trace.count
+    if at.startswith("#") and at[1:].isascii() and at[1:].isdecimal() and len(at) <= 11:
+        found = trace.find_source_index(int(at[1:]))
+        if found is None:
+            raise UsageError(f"--at {at}: {clean_path(trace.path)} has no event with that number of the source")
+        return found + 1
     if not (at.isascii() and at.isdecimal()) or len(at) > 12:
-        raise UsageError("--at takes the number of an event, `start` or `end`")
+        raise UsageError("--at takes the number of an event, the source's number as `#571`, `start` or `end`")
     if int(at) >= trace.count:
         last = f"the last is {trace.count - 1}" if trace.count else "it has none"
         raise UsageError(f"--at {at}: {clean_path(trace.path)} has no such event ({last})")
@@ -194,7 +199,7 @@ def scan(replay: Replay, what: str) -> None:
 
 def check_output(path: str, force: bool) -> None:
     """Refuse an output that exists before any work is done."""
-    from tracedbg.trace import output_place
+    from tracedbg.output import output_place
 
     if path not in STDOUT:
         output_place(path, force)
@@ -206,7 +211,7 @@ def text_output(path: str | None, force: bool) -> Iterator[TextIO]:
     if path is None or path in STDOUT:
         yield sys.stdout
         return
-    from tracedbg.trace import create_beside, output_place
+    from tracedbg.output import create_beside, output_place
 
     place = output_place(path, force)
     temporary = None

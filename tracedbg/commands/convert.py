@@ -16,7 +16,8 @@ from tracedbg.text import clean_path
 
 if TYPE_CHECKING:
     from tracedbg.symbols import Symbols
-    from tracedbg.trace import Trace, TraceWriter
+    from tracedbg.trace import Trace
+    from tracedbg.writer import TraceWriter
 
 NAME = "convert"
 HELP = "write a native trace (.tdbg) that holds events, layout and symbols"
@@ -41,7 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read the inputs, write the native trace."""
-    from tracedbg.trace import TraceWriter
+    from tracedbg.writer import TraceWriter
 
     common.read_once(args.inputs)
     common.check_output(args.output, args.force)

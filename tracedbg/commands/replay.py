@@ -22,9 +22,10 @@ examples:
   tracedbg replay qemu.log                            the verdict; layout from *.mon/mon_*.txt beside the log
   tracedbg replay --monitor mon.txt --symbols xen-syms.map qemu.log
   tracedbg replay --format json -o verdict.json *.tdbg
-  tracedbg replay --at 571 --stacks trace.tdbg        the stacks as memory after event 571
+  tracedbg replay --at '#571' --stacks trace.tdbg     the stacks as memory after the source's event 571
 
-exit codes: 0 clean, 1 findings, 2 wrong usage or unreadable, 3 unknown because of a gap or a missing layout
+exit codes: 0 nothing that --fail-on speaks of, 1 errors (or what --fail-on says), 2 wrong usage or unreadable,
+3 unknown because of a gap or a missing layout
 """
 
 MAX_CPUS_HINTED = 4

@@ -74,7 +74,7 @@ class ChainWords(FindingWords, EventWords):
         if by is None:
             return
         how = self.event(by)
-        whose = f"of event {entry}" if entry is not None else "of an unknown frame"
+        whose = f"of event {entry}" if entry is not None else "from a frame that no delivery stored,"
         if how is not None and how.kind is Kind.RETURN:
             steps.append(ChainStep(by, f"IRET {whose} to {self.address(how.addr)}: NMIs are unblocked"))
         elif how is not None and how.kind is Kind.UNBLOCK:

@@ -145,8 +145,8 @@ class FindingWords(Names):
             case Rule.RESUME_LOOP:
                 times = f"; the trace has this return {finding.count:,} times" if finding.count > 1 else ""
                 if finding.raised_rule is Rule.RESUME_LOOP:
-                    return f"It returns there for ever{times}."
-                return f"{self._consumed(finding)}, back into its own handler, for ever{times}."
+                    return f"Each resume leads to the next one{times}."
+                return f"{self._consumed(finding)}, back into its own handler, again and again{times}."
             case Rule.FRAME_RELOCATED:
                 return self._survived(finding)
             case _:
@@ -164,7 +164,7 @@ class FindingWords(Names):
         if victim.hi != writer.hi:  # another top: RIP and RSP are not simply the writer's
             return f"{when}: if it is resumed from these bytes, not all of them are its own."
         text = f"{when}: if it is resumed from these bytes, the IRET goes to {self._other_place(writer.saved, victim.saved)}"
-        return text + (", back into its own handler, for ever." if _own_handler(victim, writer) else ".")
+        return text + (", back into its own handler, again and again." if _own_handler(victim, writer) else ".")
 
     def _other_place(self, new: Context, old: Context) -> str:
         """`do_nmi+2 instead of default_idle+0xc6`; where RIP is the same, the RSPs tell them apart."""
@@ -210,7 +210,7 @@ class FindingWords(Names):
         place = f"at {self.address(frame.saved.rip)} " if frame is not None and frame.saved.rip is not None else ""
         return (
             f"{what} {place}was pushed at CPL 0 onto memory of user mode, "
-            f"[{hex_address(finding.lo)}, {hex_address(finding.hi)}), as its gate has no IST stack"
+            f"[{hex_address(finding.lo)}, {hex_address(finding.hi)}): its gate has no IST stack, and RSP was still user mode's"
         )
 
     def _fake(self, finding: Finding) -> str:
@@ -218,7 +218,7 @@ class FindingWords(Names):
         what = self.delivery_name(event) if event is not None else "a fake"
         real, guard = ("NMI", "NMIs are not blocked") if finding.rule is Rule.FAKE_NMI else ("#MC", "MCIP is not set")
         times = f", {finding.count:,} times in all" if finding.count > 1 else ""
-        return f"{what} ran the {real} handler, though to the CPU it is none: {guard} in it{times}"
+        return f"{what} ran the {real} handler, but to the CPU it is none: {guard} by it{times}"
 
     def _double_fault(self, finding: Finding) -> str:
         failed = sorted(i for i in (finding.cause_event, finding.cause_frame) if i is not None)

@@ -79,7 +79,9 @@ class ParagraphWords(ChainWords):
         level = rules.finding_severity(finding, at)
         head = f"{level}: {rules.rule_id(rule)}, cpu {finding.cpu}, {self.event_name(finding.event)}"
         why = self.cause(finding)
-        lines = [head, *wrap(_capital(f"{self.statement(finding, at)}{': ' + why if why else ''}."), "  ", width)]
+        said = _capital(f"{self.statement(finding, at)}{': ' + why if why else ''}.")
+        outcome = self.outcome(finding, at)
+        lines = [head, *wrap(f"{said} {outcome}" if outcome else said, "  ", width)]
         rows = self.bytes_rows(finding)
         if rows and finding.slots:
             lines += self._bytes_lines(finding, rows)
@@ -88,9 +90,6 @@ class ParagraphWords(ChainWords):
             lines.append("")
             for number, step in enumerate(chain, 1):
                 lines += wrap(f"{self.event_name(step.event)}: {step.text}", f"  {number}. ", width)
-        outcome = self.outcome(finding, at)
-        if outcome and (len(chain) < 2 or chain[-1].text.rstrip('.') != outcome.rstrip('.')):
-            lines += ["", *wrap(outcome, "  ", width)]
         lines.append("")
         lines += wrap(self.evidence_text(finding, at), "  evidence: ", width)
         refs = rules.finding_refs(finding, at)

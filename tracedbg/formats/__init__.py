@@ -13,7 +13,8 @@ from tracedbg.errors import FormatError, UsageError
 from tracedbg.formats import qemu_monitor
 from tracedbg.formats.source import Input
 from tracedbg.layout import Layout
-from tracedbg.trace import Trace, TraceWriter
+from tracedbg.trace import Trace
+from tracedbg.writer import TraceWriter
 
 NATIVE = "tracedbg"
 

@@ -14,7 +14,7 @@ from tracedbg.formats.qemu_monitor import Snapshot
 from tracedbg.formats.qemu_text import NO_OLD, Attempt, Item, Note, Other, Plugin
 from tracedbg.layout import Idt, Layout, Tss
 from tracedbg.state import EventFlag, Kind, Known, Source
-from tracedbg.trace import TraceWriter
+from tracedbg.writer import TraceWriter
 
 MAX_CPUS = wire.MAX_CPUS
 HOLD = 8  # events that may stand before one with a lower number: the counter is read before the line is printed

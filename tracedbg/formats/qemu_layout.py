@@ -26,7 +26,7 @@ def resolve(events: Events, snapshots: list[Snapshot], options: ReaderOptions) -
             pairs[tables.tr, tables.idt] += tables.count
     told: dict[str, Any] = {}
     layout = Layout()
-    chosen = _choose(snapshots, pairs)
+    chosen = _choose(snapshots, pairs, not options.monitor)
     if chosen is not None:
         layout = _numbered(chosen.layout(extra=pairs), events)
         told = {
@@ -54,7 +54,7 @@ def resolve(events: Events, snapshots: list[Snapshot], options: ReaderOptions) -
     return replace(layout, fidelity=fidelity, regions=(*layout.regions, *stores)), told
 
 
-def _choose(snapshots: list[Snapshot], pairs: Pairs) -> Snapshot | None:
+def _choose(snapshots: list[Snapshot], pairs: Pairs, discovered: bool) -> Snapshot | None:
     """The snapshot whose tables the most 64-bit events use; of equals the last by name. None: there are no snapshots."""
     if not snapshots:
         return None
@@ -66,8 +66,9 @@ def _choose(snapshots: list[Snapshot], pairs: Pairs) -> Snapshot | None:
         if matching and (best is None or matching >= best[0]):
             best = (matching, snapshot)
     if best is None:
+        where = " (found beside the log: move it away, or name the right one with --monitor)" if discovered else ""
         raise FormatError(
-            snapshots[0].name, "monitor text of another machine: no 64-bit event of the log has its TR and IDT bases"
+            snapshots[0].name, f"monitor text of another machine: no 64-bit event of the log has its TR and IDT bases{where}"
         )
     return best[1]
 

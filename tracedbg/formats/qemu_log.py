@@ -13,7 +13,7 @@ from tracedbg.formats.qemu_monitor import Snapshot
 from tracedbg.formats.qemu_text import LogText, is_log
 from tracedbg.formats.source import STDIN, Input
 from tracedbg.layout import Layout
-from tracedbg.trace import TraceWriter
+from tracedbg.writer import TraceWriter
 
 if TYPE_CHECKING:
     from tracedbg.formats import ReaderOptions

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import zstandard
 
 from tracedbg.errors import FormatError
-from tracedbg.trace import os_error
+from tracedbg.output import os_error
 
 CHUNK = 1 << 20
 HEAD = 1 << 20  # bytes looked at to recognise a format

@@ -30,7 +30,7 @@ def cpu_summary(cpu: CpuState) -> str:
 def _nmi(cpu: CpuState) -> str:
     if cpu.nmi_blocked is None:
         return "NMIs ?"
-    text = "NMIs blocked" if cpu.nmi_blocked else "NMIs open"
+    text = "NMIs blocked" if cpu.nmi_blocked else "NMIs not blocked"
     if cpu.nmi_blocked and cpu.nmi_since is not None:
         text += f" since {cpu.nmi_since}"
     return text + (", one pending" if cpu.nmi_pending else "")

@@ -140,7 +140,10 @@ class LineList(ScrollView, can_focus=True):
             base = self.rich_style
             if current:
                 base += self.part("lines--focus" if self.has_focus else "lines--cursor")
-            strip = Strip(self.line(index, width, base, current)).crop_extend(0, width, base)
+            strip = Strip(self.line(index, width, base, current))
+            if strip.cell_length > width > 1:  # a number that is cut must not look like another number
+                strip = Strip([*strip.crop(0, width - 1), Segment("…", base)])
+            strip = strip.crop_extend(0, width, base)
             self._strips[key] = strip
         return strip
 

@@ -166,7 +166,7 @@ def _frame_owner(frame: Frame, status: Status, text: str, words: Words, by: int 
 
 def _open(frame: Frame, words: Words) -> _Owner:
     if frame.status is FrameStatus.CLOBBERED and frame.clobbered_by is not None:
-        text = f"live, OVERWRITTEN by event {frame.clobbered_by}"
+        text = f"still to resume, OVERWRITTEN by event {frame.clobbered_by}"
         return _frame_owner(frame, Status.CLOBBERED, text, words, frame.clobbered_by)
     if frame.status is FrameStatus.MOVED:
         return _frame_owner(frame, Status.MOVED, "moved, software copied it", words)

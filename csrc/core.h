@@ -210,6 +210,8 @@ struct placement {
 };
 
 bool deliver_place(const struct machine *m, const struct request *rq, struct placement *ret);
+/* The registers of a context; what it does not know is unknown. */
+void cpu_set_registers(struct cpu *c, const struct tdb_context *at);
 int deliver_apply(struct machine *m, const struct tdb_event *e, uint32_t index);
 int resume_apply(struct machine *m, const struct tdb_event *e, uint32_t index);
 

@@ -110,19 +110,6 @@ static int store_frame(struct machine *m, const struct tdb_frame *f, uint64_t wo
 	return memory_store_down(&m->mem, f->hi, value, known, words < count ? (uint32_t)words : count, f->entry);
 }
 
-static void registers_from(struct cpu *c, const struct tdb_context *at)
-{
-	c->s.known &= TDB_CK_NMI | TDB_CK_MCIP | TDB_CK_USER_RSP;
-	c->s.rip = at->rip;
-	c->s.rsp = at->rsp;
-	c->s.cs = at->cs;
-	c->s.ss = at->ss;
-	c->s.rflags = (uint32_t)at->rflags;
-	c->s.known |= (at->known & TDB_K_RIP ? TDB_CK_RIP : 0) | (at->known & TDB_K_RSP ? TDB_CK_RSP : 0) |
-		      (at->known & TDB_K_CS ? TDB_CK_CS : 0) | (at->known & TDB_K_SS ? TDB_CK_SS : 0) |
-		      (at->known & TDB_K_RFLAGS ? TDB_CK_RFLAGS : 0);
-}
-
 /* State at the handler's first instruction (R5, R6). */
 static void registers_entered(struct machine *m, struct cpu *c, const struct request *rq, const struct placement *p)
 {
@@ -286,10 +273,10 @@ int deliver_apply(struct machine *m, const struct tdb_event *e, uint32_t index)
 
 	if (e->flags & TDB_F_LEGACY) {
 		m->stats.legacy++;
-		registers_from(c, &(struct tdb_context){ 0 });
+		cpu_set_registers(c, &(struct tdb_context){ 0 });
 		return TDB_OK;
 	}
-	registers_from(c, &rq.at);
+	cpu_set_registers(c, &rq.at);
 	if (e->flags & TDB_F_FAILED)
 		return apply_failed(m, c, &rq, e);
 	m->stats.deliveries++;
@@ -299,7 +286,7 @@ int deliver_apply(struct machine *m, const struct tdb_event *e, uint32_t index)
 	c->failed[0] = c->failed[1] = NONE;
 	if (!placed) {
 		m->stats.unjudged++;
-		registers_from(c, &(struct tdb_context){ 0 });
+		cpu_set_registers(c, &(struct tdb_context){ 0 });
 		begin_masking(c, &rq);
 		return TDB_OK;
 	}

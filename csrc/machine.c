@@ -102,6 +102,21 @@ void machine_deinit(struct machine *m)
 	m->idt = NULL;
 }
 
+/* -- registers ---------------------------------------------------------------------------------------------------- */
+
+void cpu_set_registers(struct cpu *c, const struct tdb_context *at)
+{
+	c->s.known &= TDB_CK_NMI | TDB_CK_MCIP | TDB_CK_USER_RSP;
+	c->s.rip = at->rip;
+	c->s.rsp = at->rsp;
+	c->s.cs = at->cs;
+	c->s.ss = at->ss;
+	c->s.rflags = (uint32_t)at->rflags;
+	c->s.known |= (at->known & TDB_K_RIP ? TDB_CK_RIP : 0) | (at->known & TDB_K_RSP ? TDB_CK_RSP : 0) |
+		      (at->known & TDB_K_CS ? TDB_CK_CS : 0) | (at->known & TDB_K_SS ? TDB_CK_SS : 0) |
+		      (at->known & TDB_K_RFLAGS ? TDB_CK_RFLAGS : 0);
+}
+
 /* -- events that change tables --------------------------------------------------------------------------------------- */
 
 static void apply_tss(struct machine *m, const struct cpu *c, const struct tdb_event *e)
@@ -409,7 +424,7 @@ static int dispatch(struct machine *m, struct cpu *c, const struct tdb_event *e,
 		apply_gap(m, e, index);
 		break;
 	case TDB_RSM:                              /* it restores registers that no event tells */
-		c->s.known &= TDB_CK_NMI | TDB_CK_MCIP | TDB_CK_USER_RSP;
+		cpu_set_registers(c, &(struct tdb_context){ 0 });
 		break;
 	case TDB_READ:
 	case TDB_SMI:

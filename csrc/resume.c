@@ -208,23 +208,11 @@ static uint32_t resume_elsewhere(struct machine *m, struct cpu *c, const struct 
 	return NONE;
 }
 
-static void registers_popped(struct cpu *c, const struct tdb_event *e)
-{
-	c->s.known &= TDB_CK_NMI | TDB_CK_MCIP | TDB_CK_USER_RSP;
-	c->s.rip = e->addr;
-	c->s.rsp = e->value;
-	c->s.cs = e->cs;
-	c->s.ss = e->ss;
-	c->s.rflags = e->rflags;
-	c->s.known |= (e->known & TDB_K_ADDR ? TDB_CK_RIP : 0) | (e->known & TDB_K_VALUE ? TDB_CK_RSP : 0) |
-		      (e->known & TDB_K_CS ? TDB_CK_CS : 0) | (e->known & TDB_K_SS ? TDB_CK_SS : 0) |
-		      (e->known & TDB_K_RFLAGS ? TDB_CK_RFLAGS : 0);
-}
-
 int resume_apply(struct machine *m, const struct tdb_event *e, uint32_t index)
 {
 	struct cpu *c = &m->cpu[e->cpu];
 	bool unblocked = c->s.known & TDB_CK_NMI && !c->s.nmi_blocked;
+	struct tdb_context popped;
 	struct node *n = NULL;
 	uint32_t entry;
 
@@ -237,7 +225,7 @@ int resume_apply(struct machine *m, const struct tdb_event *e, uint32_t index)
 	if (e->flags & TDB_F_LEGACY) {                     /* no 64-bit frame was popped, but NMIs are unblocked (R12) */
 		if (!unblocked)
 			nmi_unblock(c, index, NONE);
-		c->s.known &= TDB_CK_NMI | TDB_CK_MCIP | TDB_CK_USER_RSP;
+		cpu_set_registers(c, &(struct tdb_context){ 0 });
 		return TDB_OK;
 	}
 	if (e->known & TDB_K_RSP)
@@ -245,7 +233,8 @@ int resume_apply(struct machine *m, const struct tdb_event *e, uint32_t index)
 	entry = n ? consume(m, c, n, e, index) : resume_elsewhere(m, c, e, index);
 	if (!unblocked)
 		nmi_unblock(c, index, entry);
-	registers_popped(c, e);
+	popped = popped_context(e);
+	cpu_set_registers(c, &popped);
 	if (e->known & TDB_K_CS && e->cs & 3) {
 		if (e->known & TDB_K_VALUE && (e->cs & 3) == 3) {
 			c->s.user_rsp = e->value;

@@ -30,7 +30,7 @@ TOP = (1 << 64) - 1
 
 # -- hand-computed answers ----------------------------------------------------------------------------------------------
 
-# The bare-metal guest of /work/shared/data: IST1 #DF, IST2 NMI, IST3 #MC, IST4 #DB.
+# The bare-metal guest of the recordings: IST1 #DF, IST2 NMI, IST3 #MC, IST4 #DB.
 GUEST = Layout(
     tss=(Tss(0x105100, (0x108000, None, None), (None, 0x110000, 0x10E000, 0x10C000, 0x10A000, None, None, None)),),
     idts=(

@@ -550,3 +550,9 @@ def test_no_place_names_what_the_layout_lacks() -> None:
     assert "neither TSS nor IDT is known" in first(Layout())
     assert "no IDT is known, and only the IDT says" in first(Layout(tss=LAYOUT.tss, idts=(Idt(0x6000, {}),)))
     assert "no TSS is known, and only the TSS says" in first(Layout(idts=LAYOUT.idts))
+
+
+def test_the_table_of_bytes_fits_a_narrow_pane(words: Words) -> None:
+    lines = words.finding_text(LOOP, width=58)
+    assert "  …bffd2fd8 rip        ffff82d0402f9c06 ffff82d04032a242 *" in lines
+    assert max(map(len, lines)) <= 58

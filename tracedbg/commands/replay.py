@@ -19,7 +19,7 @@ NAME = "replay"
 HELP = "say which frames were overwritten, by what, and whether it mattered"
 EPILOG = """\
 examples:
-  tracedbg replay qemu.log                            the verdict; layout from *.mon/mon_*.txt beside the log
+  tracedbg replay qemu.log                            the verdict; layout from mon_*.txt beside the log
   tracedbg replay --monitor mon.txt --symbols xen-syms.map qemu.log
   tracedbg replay --format json -o verdict.json *.tdbg
   tracedbg replay --at '#571' --stacks trace.tdbg     the stacks as memory after the source's event 571

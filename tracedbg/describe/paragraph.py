@@ -30,6 +30,9 @@ class BytesRow:
     differs: bool
 
 
+TABLE_WIDTH = 74  # the widest line of the table of bytes
+
+
 class ParagraphWords(ChainWords):
     """Says all about a finding."""
 
@@ -84,7 +87,7 @@ class ParagraphWords(ChainWords):
         lines = [head, *wrap(f"{said} {outcome}" if outcome else said, "  ", width)]
         rows = self.bytes_rows(finding)
         if rows and finding.slots:
-            lines += self._bytes_lines(finding, rows)
+            lines += self._bytes_lines(finding, rows, width)
         chain = self.finding_chain(finding, at)
         if len(chain) > 1:
             lines.append("")
@@ -101,7 +104,9 @@ class ParagraphWords(ChainWords):
                 lines += wrap(fix, "  - ", width)
         return lines
 
-    def _bytes_lines(self, finding: Finding, rows: tuple[BytesRow, ...]) -> list[str]:
+    def _bytes_lines(self, finding: Finding, rows: tuple[BytesRow, ...], width: int) -> list[str]:
+        if width < TABLE_WIDTH:
+            return self._bytes_narrow(rows)
         by = f"now, by event {finding.writer.entry}" if finding.writer is not None else "now"
         own = f"event {finding.victim.entry}'s own" if finding.victim is not None else "own"
         lines = ["", f"    {'address':<16}  {'slot':<10}  {own:<18}  {by}"]
@@ -115,6 +120,18 @@ class ParagraphWords(ChainWords):
                 lines += [f"    {'':<16}  {'':<10}  {when}: {name}" for when, name in pairs if name]
             elif any(names):
                 lines.append(f"    {'':<16}  {'':<10}  {names[0] or '':<18}  {names[1] or '':<16}".rstrip())
+        return lines
+
+    def _bytes_narrow(self, rows: tuple[BytesRow, ...]) -> list[str]:
+        """The table for a narrow pane: the end of the address, the slot, the two values; names below."""
+        lines = ["", f"  {'address':<9} {'slot':<10} {'own':<16} now"]
+        for row in rows:
+            now = "not overwritten" if not row.overwritten else _number(row.now)
+            mark = " *" if row.differs else ""
+            lines.append(f"  …{row.addr & 0xFFFFFFFF:08x} {row.slot:<10} {_number(row.own):<16} {now:<16}{mark}".rstrip())
+            if row.slot == "rip":
+                pairs = (("own", self.symbol(row.own)), ("now", self.symbol(row.now)))
+                lines += [f"  {'':<9} {'':<10} {when}: {name}" for when, name in pairs if name]
         return lines
 
 

@@ -21,14 +21,14 @@ import pytest
 import zstandard
 from dumpjson import layout_of_dump
 
+from tracedbg import wire
 from tracedbg.errors import FormatError, UsageError
-from tracedbg.formats import ReaderOptions, convert_input, open_input, open_inputs, qemu_monitor, qemu_text
+from tracedbg.formats import ReaderOptions, open_input, open_inputs, qemu_monitor, qemu_text
 from tracedbg.formats.source import Input
 from tracedbg.layout import REGION_STORES, REGION_USER, CpuTables, Fidelity, from_toml
 from tracedbg.state import Event, EventFlag, Kind, Known, Source
 from tracedbg.symbols import Symbols
 from tracedbg.trace import Trace
-from tracedbg.writer import TraceWriter
 
 DATA = Path(__file__).parent / "data" / "qemu"
 SHARED = Path(os.environ.get("TRACEDBG_DATA") or Path(__file__).parents[2] / "shared" / "data") / "qemu"
@@ -729,12 +729,17 @@ def test_lines_that_are_not_understood_are_counted(tmp_path: Path) -> None:
         assert open_input(str(DATA / name)).meta["counts"]["other_lines"] == 0
 
 
+def converted(log: Path, out: Path) -> bytes:
+    """What `tracedbg convert` makes of a log."""
+    subprocess.run([sys.executable, "-m", "tracedbg", "convert", str(log), str(out)], check=True, timeout=120)
+    return out.read_bytes()
+
+
 def test_a_trace_says_which_foreign_format_it_was_read_from(tmp_path: Path) -> None:
     log = DATA / "istlab/a/qemu.log"
     assert open_input(str(log)).foreign == "qemu-int"
     native = tmp_path / "a.tdbg"
-    with TraceWriter(native) as writer:
-        convert_input([str(log)], writer)
+    converted(log, native)
     packed = tmp_path / "a.tdbg.zst"
     packed.write_bytes(zstandard.compress(native.read_bytes()))
     fifo = tmp_path / "fifo"
@@ -813,15 +818,10 @@ def test_large_logs_are_read_completely(name: str, count: int, torn: int) -> Non
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
-    def once() -> bytes:
-        buffer = io.BytesIO()
-        writer = TraceWriter(buffer)
-        assert convert_input([str(DATA / "istlab/a/qemu.log")], writer) == "qemu-int"
-        writer.close()
-        return buffer.getvalue()
-
-    assert once() == once()
-    assert str(DATA).encode() not in once()
+    log = DATA / "istlab/a/qemu.log"
+    first, second = (converted(log, tmp_path / f"{n}.tdbg") for n in range(2))
+    assert first == second
+    assert str(DATA).encode() not in first and first.startswith(wire.MAGIC)
 
 
 def test_a_given_layout_numbers_the_cpus() -> None:

@@ -15,7 +15,6 @@ from tracedbg import wire, x86
 from tracedbg.errors import FormatError, UsageError
 
 IST_STACK_SIZE = 8192  # assumed where no bounds are given; the next lower top cuts it shorter
-PAGE = 4096
 
 REGION_STACK, REGION_USER, REGION_STORES, REGION_READS = range(4)
 SLOT_RSP0 = 8

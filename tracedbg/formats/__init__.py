@@ -98,23 +98,6 @@ def open_inputs(paths: Sequence[str], *, from_format: str | None = None, options
             source.close()
 
 
-def convert_input(
-    paths: Sequence[str], writer: TraceWriter, *, from_format: str | None = None, options: ReaderOptions | None = None
-) -> str:
-    """Read a foreign input into `writer`, which stays open. Returns the name of the format."""
-    options = options or ReaderOptions()
-    inputs = _open_all(paths)
-    try:
-        form = recognise(inputs[0], from_format or options.from_format)
-        if form == NATIVE:
-            raise UsageError(f"{paths[0]} is a native trace already")
-        _read(form, inputs, writer, options)
-        return form
-    finally:
-        for source in inputs:
-            source.close()
-
-
 def _open_all(paths: Sequence[str]) -> list[Input]:
     if not paths:
         raise UsageError("no input")

@@ -29,11 +29,10 @@ _COMMAND = re.compile(rb"^(?:\(qemu\)|=|#)|\bx\s*/")
 
 @dataclass(slots=True)
 class CpuBlock:
-    """Bases and limits of one `CPU#n` register block; None: not printed."""
+    """Bases of one `CPU#n` register block, and the IDT's limit; None: not printed."""
 
     tr: int | None = None
     idt: int | None = None
-    tss_limit: int = TSS_BYTES - 1
     idt_limit: int = 0xFFF
 
 
@@ -129,7 +128,7 @@ def parse(text: bytes, name: str) -> Snapshot:
             block = result.cpus.setdefault(number, CpuBlock())
         elif match := _TR.match(line):
             block = result.cpus.setdefault(0, CpuBlock()) if block is None else block
-            block.tr, block.tss_limit = int(match[1], 16), int(match[2], 16)
+            block.tr = int(match[1], 16)
         elif match := _IDT.match(line):
             block = result.cpus.setdefault(0, CpuBlock()) if block is None else block
             block.idt, block.idt_limit = int(match[1], 16), int(match[2], 16)

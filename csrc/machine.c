@@ -21,6 +21,7 @@ static void cpu_reset(struct cpu *c)
 	c->s.event = event;
 	c->s.nmi_since = c->s.nmi_unblocked_by = c->s.nmi_unblock_frame = NONE;
 	c->s.tss = c->s.idt = -1;
+	c->s.ring_gap = NONE;
 	c->failed[0] = c->failed[1] = NONE;
 	c->placed = NONE;
 	c->loop_finding = NONE;

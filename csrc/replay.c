@@ -3,7 +3,7 @@
 
 #include "core.h"
 
-#define ABI 2
+#define ABI 3
 
 int tdb_abi(void)
 {
@@ -26,7 +26,7 @@ void tdb_config_init(struct tdb_config *ret)
 {
 	*ret = (struct tdb_config){
 		.size = sizeof(*ret), .snapshot_interval = 4096, .max_snapshots = 512, .max_pages = 16384,
-		.max_frames = 65536, .max_findings = 65536, .iret_fault_unblocks = 1,
+		.max_frames = 65536, .max_findings = 65536, .iret_fault_unblocks = 1, .nmi_fail_blocks = 1,
 		.max_bytes = 1ull << 30,
 	};
 }

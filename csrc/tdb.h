@@ -29,7 +29,8 @@ enum tdb_status {
 enum tdb_kind {
 	TDB_DELIVER = 1,   /* an interrupt or exception was delivered (flag FAILED: was tried) */
 	TDB_ENTER = 2,     /* the state after a delivery, where the source has it */
-	TDB_RETURN = 3,    /* IRET, ERETU, ERETS: addr/value/cs/ss/rflags = popped rip/rsp/cs/ss/rflags, rsp = the frame */
+	TDB_RETURN = 3,    /* arg: enum tdb_return; addr/value/cs/ss/rflags = popped rip/rsp/cs/ss/rflags, rsp = the frame;
+			      ERETU, ERETS: code = bits 16 and up of the popped SS word */
 	TDB_WRITE = 4,     /* software stored arg bytes at addr */
 	TDB_READ = 5,      /* software loaded arg bytes from addr */
 	TDB_MOVE = 6,      /* software copied a frame: addr -> value */
@@ -38,22 +39,22 @@ enum tdb_kind {
 	TDB_GATE = 9,      /* gate arg := handler value, code = raw high dword of gate bytes 4-7 */
 	TDB_LTR = 10,      /* TR base := value */
 	TDB_LIDT = 11,     /* IDT base := value */
-	TDB_SYSCALL = 12,
-	TDB_SYSRET = 13,
-	TDB_SYSENTER = 14,
+	TDB_SYSCALL = 12,  /* addr = new RIP */
+	TDB_SYSRET = 13,   /* addr = new RIP */
+	TDB_SYSENTER = 14, /* addr = new RIP */
 	TDB_RAISE = 15,    /* a request (vector arg, source) was made or latched */
-	TDB_UNBLOCK = 16,  /* NMI blocking ended by something other than a return */
+	TDB_UNBLOCK = 16,  /* arg 0: NMI blocking ended by something other than a return; arg 1: STGI */
 	TDB_SMI = 17,
 	TDB_RSM = 18,
 	TDB_MSR = 19,      /* MSR code := value */
 	TDB_CR = 20,       /* CR arg := value */
-	TDB_GS = 21,       /* SWAPGS or GS base change */
+	TDB_GS = 21,       /* arg 0 SWAPGS; arg 1 GS base := value */
 	TDB_FLAGS = 22,    /* RFLAGS := rflags */
-	TDB_SHADOW = 23,   /* STI (arg 0) or MOV SS (arg 1) shadow begins */
+	TDB_SHADOW = 23,   /* STI (arg 0) or MOV SS (arg 1) shadow: rip = the instruction it covers */
 	TDB_EOI = 24,
-	TDB_TOKEN = 25,    /* shadow-stack token at addr := value */
-	TDB_VMEXIT = 26,
-	TDB_VMENTRY = 27,
+	TDB_TOKEN = 25,    /* shadow-stack token of IST arg (0 other) at addr: held code, holds value; bit 0 busy */
+	TDB_VMEXIT = 26,   /* arg 0 VMX, 1 SVM; source nmi: for an NMI; rip ... = the host's state after it */
+	TDB_VMENTRY = 27,  /* arg bit 0: virtual NMIs */
 	TDB_MODE = 28,     /* arg 0 real, 1 protected 32-bit, 2 long */
 	TDB_INIT = 29,     /* RESET (arg 0) or INIT (arg 1) */
 	TDB_SHUTDOWN = 30, /* the CPU shut down; arg: enum tdb_shutdown */
@@ -70,8 +71,11 @@ enum tdb_source {      /* where a delivery came from */
 	TDB_SRC_FIXED = 5,     /* local APIC */
 	TDB_SRC_EXTINT = 6,    /* 8259 */
 	TDB_SRC_INJECTED = 7,  /* by a VMM, as an external interrupt; what it injects as an NMI, #MC or exception is that */
-	TDB_SRC_EXTERNAL = 8   /* FIXED or EXTINT, unknown which */
+	TDB_SRC_EXTERNAL = 8,  /* FIXED or EXTINT, unknown which */
+	TDB_SRC_SYSCALL = 9    /* FRED: SYSCALL (vector 1) or SYSENTER (vector 2) delivered as an event; code as for SOFT_INT */
 };
+
+enum tdb_return { TDB_RET_IRET = 0, TDB_RET_ERETU = 1, TDB_RET_ERETS = 2 };
 
 enum tdb_known {       /* bit set: that field of the event is valid */
 	TDB_K_TIME = 1, TDB_K_RIP = 2, TDB_K_RSP = 4, TDB_K_ADDR = 8, TDB_K_VALUE = 16, TDB_K_RFLAGS = 32, TDB_K_CODE = 64,
@@ -123,9 +127,20 @@ struct tdb_tss {
 	uint32_t reserved;
 };
 
+enum tdb_fred_known { TDB_FK_STKLVLS = 16, TDB_FK_CONFIG = 32 };  /* bit n (0-3): rsp[n] */
+
+struct tdb_fred {      /* FRED delivery at the start */
+	uint64_t rsp[4];       /* IA32_FRED_RSP0-3 */
+	uint64_t stklvls;      /* IA32_FRED_STKLVLS */
+	uint64_t config;       /* IA32_FRED_CONFIG */
+	uint32_t known;        /* enum tdb_fred_known */
+	uint32_t on;           /* 1: events are delivered by FRED, 0: through the IDT */
+};
+
 struct tdb_cpu_layout {
 	int32_t tss;   /* index of the TSS loaded at the start, -1 unknown */
 	int32_t idt;   /* index of the IDT loaded at the start, -1 unknown */
+	struct tdb_fred fred;
 };
 
 enum tdb_region_kind {
@@ -171,14 +186,14 @@ struct tdb_config {
 	uint32_t max_frames;         /* open frames kept */
 	uint32_t max_findings;       /* kept; further ones are only counted */
 	uint32_t iret_fault_unblocks;/* 1: a faulting IRET unblocks NMIs (SDM Vol. 3A 6.7.1); 0: it does not */
-	uint32_t reserved;
+	uint32_t nmi_fail_blocks;    /* 1: an NMI whose delivery faulted leaves NMIs blocked; 0: unknown (open in the manual) */
 	uint64_t max_bytes;          /* of pages and snapshots together; snapshots are thinned out to keep it */
 };
 
 /* -- results ------------------------------------------------------------------------------------------------------- */
 enum tdb_cpu_known {
 	TDB_CK_RIP = 1, TDB_CK_RSP = 2, TDB_CK_CS = 4, TDB_CK_SS = 8, TDB_CK_RFLAGS = 16, TDB_CK_NMI = 32, TDB_CK_MCIP = 64,
-	TDB_CK_USER_RSP = 128
+	TDB_CK_USER_RSP = 128, TDB_CK_CSL = 256, TDB_CK_GS = 512, TDB_CK_TPR = 1024, TDB_CK_MCE = 2048, TDB_CK_GIF = 4096
 };
 
 struct tdb_cpu {
@@ -191,6 +206,18 @@ struct tdb_cpu {
 	int32_t tss, idt;                  /* current tables, -1 unknown */
 	uint16_t cs, ss;
 	uint8_t nmi_blocked, nmi_pending, mcip, gap;
+	uint32_t ring_gap;         /* the SYSCALL or SYSRET since which RSP is user mode's, UINT32_MAX none */
+	uint8_t csl;               /* FRED stack level */
+	uint8_t gs;                /* GS base: 1 the kernel's, 0 user mode's */
+	uint8_t tpr;               /* task priority, bits 7:0 */
+	uint8_t mce;               /* CR4.MCE */
+	uint8_t gif;               /* SVM's global interrupt flag */
+	uint8_t fred;              /* events are delivered by FRED */
+	uint8_t shadow;            /* 1 STI, 2 MOV SS: its shadow covers the next instruction */
+	uint8_t smm, guest;        /* in SMM; between VM entry and VM exit */
+	uint8_t token_known, token_busy;  /* bit n: shadow-stack token of IST n */
+	uint8_t reserved;
+	struct tdb_fred levels;    /* FRED's MSRs now */
 };
 
 enum tdb_frame_status {
@@ -229,7 +256,14 @@ struct tdb_frame {
 	uint32_t victim;           /* entry of the open frame that this one overwrote, UINT32_MAX none */
 	uint16_t cpu;
 	uint8_t vector, source, ist, status, has_code, gate_type;
+	uint8_t fred;              /* 1: 64 bytes, RIP at hi-56; 0: RIP at hi-40 */
+	uint8_t level, from_level; /* FRED stack level of the handler and of what it interrupted */
+	uint8_t gs;                /* GS base when it was stored: 0 user mode's, 1 the kernel's, 2 unknown */
+	uint8_t hazards;           /* bit enum tdb_hazard: a window was looked at */
+	uint8_t reserved[3];
 };
+
+enum tdb_hazard { TDB_HAZARD_NMI = 0, TDB_HAZARD_MC = 1, TDB_HAZARD_MASKABLE = 2 };
 
 struct tdb_word {
 	uint64_t addr, value;
@@ -260,7 +294,18 @@ enum tdb_rule {
 	TDB_R_DOUBLE_FAULT = 8,
 	TDB_R_SHUTDOWN = 9,
 	TDB_R_TRACE_GAP = 10,
-	TDB_R_MODEL_MISMATCH = 11
+	TDB_R_MODEL_MISMATCH = 11,
+	TDB_R_NEIGHBOUR_OVERWRITE = 12,
+	TDB_R_STACK_OVERFLOW = 13,
+	TDB_R_ERROR_CODE_MISMATCH = 14,
+	TDB_R_TRIPLE_FAULT = 15,
+	TDB_R_TOKEN_BUSY = 16,
+	TDB_R_REENTRY_WINDOW = 17,
+	TDB_R_NMI_STUCK = 18,
+	TDB_R_NMI_LOST = 19,
+	TDB_R_HELD_VECTOR = 20,
+	TDB_R_ILLEGAL_VECTOR = 21,
+	TDB_R_UNMATCHED_RETURN = 22
 };
 
 enum tdb_evidence { TDB_EV_UNKNOWN = 0, TDB_EV_INFERRED = 1, TDB_EV_COMPUTED = 2, TDB_EV_RECORDED = 3 };
@@ -273,11 +318,21 @@ enum tdb_cause {       /* why the writer could come while the victim was open */
 	TDB_CAUSE_MC_UNMASKED = 4,       /* #MC is held off only by MCIP */
 	TDB_CAUSE_MASKABLE = 5,          /* a maskable interrupt: IF was 1 in the victim's handler */
 	TDB_CAUSE_SOFTWARE = 6,          /* software raised it (INT n, an exception) inside the victim's handler */
-	TDB_CAUSE_OTHER_CPU = 7          /* another CPU's TSS names the same stack */
+	TDB_CAUSE_OTHER_CPU = 7,         /* another CPU's TSS names the same stack */
+	TDB_CAUSE_RING_GAP = 8,          /* user-stack: after the SYSCALL or SYSRET cause_event RSP is still user mode's */
+	TDB_CAUSE_MOV_SS = 9             /* user-stack: a #DB that MOV SS (cause_event) held back until after the SYSCALL */
 };
 
 enum tdb_mismatch {    /* model-mismatch: what differs; in tdb_finding.detail */
-	TDB_MM_ENTER_RSP = 1, TDB_MM_ENTER_RIP = 2, TDB_MM_ENTER_CS = 4, TDB_MM_NMI_BLOCKED = 8, TDB_MM_IF_CLEAR = 16
+	TDB_MM_ENTER_RSP = 1, TDB_MM_ENTER_RIP = 2, TDB_MM_ENTER_CS = 4, TDB_MM_NMI_BLOCKED = 8, TDB_MM_IF_CLEAR = 16,
+	TDB_MM_SHADOW = 32,        /* held by STI or MOV SS */
+	TDB_MM_GATE = 64,          /* the gate or its stack pointer cannot deliver */
+	TDB_MM_MC_SHUTDOWN = 128,  /* #MC with MCIP set or CR4.MCE clear */
+	TDB_MM_TPR = 256,          /* held by the task priority */
+	TDB_MM_DOUBLE_FAULT = 512, /* the table of double faults says otherwise */
+	TDB_MM_GIF = 1024,         /* held by SVM's GIF */
+	TDB_MM_TOKEN = 2048,       /* the shadow-stack token was busy */
+	TDB_MM_KINDS = 12
 };
 
 struct tdb_finding {
@@ -288,7 +343,7 @@ struct tdb_finding {
 	uint8_t cause;             /* enum tdb_cause */
 	uint8_t slots;             /* bit: 0 rip 1 cs 2 rflags 3 rsp 4 ss 5 error code; slots overwritten */
 	uint8_t differ;            /* the same bits: slots whose value differs */
-	uint8_t detail;            /* shutdown reason, mismatch bits */
+	uint8_t reserved;
 	uint32_t event;            /* where it was raised */
 	uint32_t settled;          /* where it was settled, UINT32_MAX never */
 	uint32_t consumer;         /* the return that consumed it, UINT32_MAX none */
@@ -297,6 +352,8 @@ struct tdb_finding {
 	uint32_t count;            /* how often, for rules that are folded */
 	uint16_t cpu;
 	uint16_t settled_by;       /* enum tdb_settle, when settled by seeing the victim run */
+	uint16_t detail;           /* shutdown reason, mismatch bits, vector of a fold */
+	uint16_t reserved2;
 	uint64_t lo, hi;           /* the bytes overwritten, or the frame concerned */
 	struct tdb_frame victim;   /* as it was stored; entry UINT32_MAX: none */
 	struct tdb_frame writer;   /* entry UINT32_MAX: none */

@@ -105,11 +105,22 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True)
+class Fred:
+    """FRED delivery of a CPU at the start: whether it is on (CR4.FRED), and its MSRs; None: unknown."""
+
+    on: bool = True
+    rsp: tuple[int | None, ...] = (None,) * 4  # IA32_FRED_RSP0-3
+    stklvls: int | None = None
+    config: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CpuTables:
     """Indices into Layout.tss and Layout.idts of what a CPU has loaded at the start; None: unknown."""
 
     tss: int | None = None
     idt: int | None = None
+    fred: Fred | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +179,7 @@ class Layout:
                 "cpu_count": len(self.cpus),
                 "region_count": len(self.regions),
                 "fidelity": int(self.fidelity),
-                "reserved": 0,
+                "fred_count": len(self.cpus) if any(c.fred for c in self.cpus) else 0,
             }
         )
         parts = [head]
@@ -176,6 +187,8 @@ class Layout:
         parts += [wire.CPU_PACK.pack(-1 if t.tss is None else t.tss, -1 if t.idt is None else t.idt) for t in self.cpus]
         parts += [wire.REGION_PACK.pack(r.lo, r.hi, r.cpu, r.kind, r.slot, 0) for r in self.regions]
         parts += [_idt_bytes(i) for i in self.idts]
+        if any(c.fred for c in self.cpus):
+            parts += [_fred_bytes(c.fred or Fred(on=False)) for c in self.cpus]
         return b"".join(parts)
 
     @classmethod
@@ -195,19 +208,23 @@ class Layout:
         cpus_at = tss_at + head.tss_count * wire.TSS_PACK.size
         regions_at = cpus_at + head.cpu_count * wire.CPU_PACK.size
         idts_at = regions_at + head.region_count * wire.REGION_PACK.size
-        need = idts_at + head.idt_count * _IDT_SIZE
+        if head.fred_count not in (0, head.cpu_count):
+            raise FormatError(path, f"the layout has {head.fred_count} FRED records for {head.cpu_count} CPUs", offset + 20)
+        fred_at = idts_at + head.idt_count * _IDT_SIZE
+        need = fred_at + head.fred_count * wire.FRED_PACK.size
         if need != len(data):
             raise FormatError(path, f"layout needs {need} bytes by its counts, has {len(data)}", offset)
         tss = tuple(_tss_value(values) for values in wire.TSS_PACK.iter_unpack(data[tss_at:cpus_at]))
+        freds = [_fred_value(values) for values in wire.FRED_PACK.iter_unpack(data[fred_at:need])] or [None] * head.cpu_count
         cpus = tuple(
-            CpuTables(None if t < 0 else t, None if i < 0 else i)
-            for t, i in wire.CPU_PACK.iter_unpack(data[cpus_at:regions_at])
+            CpuTables(None if t < 0 else t, None if i < 0 else i, fred)
+            for (t, i), fred in zip(wire.CPU_PACK.iter_unpack(data[cpus_at:regions_at]), freds, strict=True)
         )
         regions = tuple(
             Region(lo, hi, kind, cpu, slot)
             for lo, hi, cpu, kind, slot, _ in wire.REGION_PACK.iter_unpack(data[regions_at:idts_at])
         )
-        idts = tuple(_idt_value(data[at : at + _IDT_SIZE]) for at in range(idts_at, need, _IDT_SIZE))
+        idts = tuple(_idt_value(data[at : at + _IDT_SIZE]) for at in range(idts_at, fred_at, _IDT_SIZE))
         for tables in cpus:
             if (tables.tss or 0) >= max(len(tss), 1) or (tables.idt or 0) >= max(len(idts), 1):
                 raise FormatError(path, "layout names a table that it does not hold", offset)
@@ -250,6 +267,25 @@ def _tss_value(values: tuple[int, ...]) -> Tss:
         values[0],
         tuple(v if known >> n & 1 else None for n, v in enumerate(values[1:4])),
         tuple(v if known >> (8 + n) & 1 else None for n, v in enumerate(values[4:12])),
+    )
+
+
+def _fred_bytes(fred: Fred) -> bytes:
+    known = sum(1 << n for n, v in enumerate(fred.rsp) if v is not None)
+    known |= (16 if fred.stklvls is not None else 0) | (32 if fred.config is not None else 0)
+    return wire.FRED_PACK.pack(*(v or 0 for v in fred.rsp), fred.stklvls or 0, fred.config or 0, known, int(fred.on))
+
+
+def _fred_value(values: tuple[int, ...]) -> Fred | None:
+    """A record; None if it says nothing: no FRED."""
+    known, on = values[6] & 63, bool(values[7] & 1)
+    if not known and not on:
+        return None
+    return Fred(
+        on,
+        tuple(v if known >> n & 1 else None for n, v in enumerate(values[:4])),
+        values[4] if known & 16 else None,
+        values[5] if known & 32 else None,
     )
 
 
@@ -343,8 +379,9 @@ def _layout_of(table: dict[str, Any]) -> Layout:
     _check_counts(len(tss), len(idts), len(table.get("cpu", [])), len(regions))
     cpus = []
     for number, entry in enumerate(table.get("cpu", [])):
-        _check_keys(entry, "cpu: ", ("tr", "idt"))
-        cpus.append(CpuTables(_named(entry, number, "tr", "tss", by_tss), _named(entry, number, "idt", "idt", by_idt)))
+        _check_keys(entry, "cpu: ", ("tr", "idt", "fred"))
+        fred = _fred_of(entry["fred"]) if "fred" in entry else None
+        cpus.append(CpuTables(_named(entry, number, "tr", "tss", by_tss), _named(entry, number, "idt", "idt", by_idt), fred))
     given = table.get("names", {})
     _check_keys(given, "names: ", tuple(_SLOT_OF))
     names = {_SLOT_OF[key]: _text(value) for key, value in given.items()}
@@ -370,6 +407,15 @@ def _named(entry: dict[str, Any], cpu: int, key: str, kind: str, known: dict[int
     if base not in known:
         raise ValueError(f"cpu {cpu}: {key} {base:#x} names no [[{kind}]] of this file")
     return known[base]
+
+
+def _fred_of(table: Any) -> Fred:
+    _check_keys(table, "fred: ", ("on", *(f"rsp{n}" for n in range(4)), "stklvls", "config"))
+    on = table.get("on", True)
+    if not isinstance(on, bool):
+        raise ValueError(f"fred: on {_shown(on)} is not true or false")
+    rsp = tuple(_u64(table[f"rsp{n}"]) if f"rsp{n}" in table else None for n in range(4))
+    return Fred(on, rsp, *(_u64(table[key]) if key in table else None for key in ("stklvls", "config")))
 
 
 def _gate_of(table: Any, vector: int) -> Gate:
@@ -430,6 +476,8 @@ def to_toml(layout: Layout) -> str:
             lines.append(f'tr = "{layout.tss[tables.tss].base:#x}"')
         if tables.idt is not None:
             lines.append(f'idt = "{layout.idts[tables.idt].base:#x}"')
+        if tables.fred is not None:
+            lines.append(_fred_line(tables.fred))
     for tss in layout.tss:
         lines += ["\n[[tss]]", f'base = "{tss.base:#x}"']
         lines += [f'rsp{n} = "{v:#x}"' for n, v in enumerate(tss.rsp) if v is not None]
@@ -448,3 +496,10 @@ def to_toml(layout: Layout) -> str:
                 f'ist = {gate.ist}, dpl = {gate.dpl}, type = "{kind}"{extra} }}'
             )
     return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _fred_line(fred: Fred) -> str:
+    parts = [f"on = {'true' if fred.on else 'false'}"]
+    parts += [f'rsp{n} = "{v:#x}"' for n, v in enumerate(fred.rsp) if v is not None]
+    parts += [f'{key} = "{v:#x}"' for key, v in (("stklvls", fred.stklvls), ("config", fred.config)) if v is not None]
+    return f"fred = {{ {', '.join(parts)} }}"

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from tracedbg._core import ffi, lib
 from tracedbg.errors import ReplayError
-from tracedbg.layout import Gate, Layout, Tss
+from tracedbg.layout import Fred, Gate, Layout, Tss
 from tracedbg.state import (
     NO_EVENT,
     Cause,
@@ -24,6 +24,7 @@ from tracedbg.state import (
     Position,
     Rule,
     Settle,
+    Shadow,
     Source,
     Stack,
     Stats,
@@ -33,7 +34,7 @@ from tracedbg.trace import Trace
 
 T = TypeVar("T")
 
-ABI = 2
+ABI = 3
 CHUNK = 1 << 20  # events per call into the core when nobody asks for less
 
 if lib.tdb_abi() != ABI:  # pragma: no cover - a stale build
@@ -59,6 +60,7 @@ class Replay:
         max_findings: int = 0,
         max_bytes: int = 0,
         iret_fault_unblocks: bool = True,
+        nmi_fail_blocks: bool = True,
     ) -> None:
         self.trace = trace
         self.layout = trace.layout if layout is None else layout
@@ -69,6 +71,7 @@ class Replay:
         config = ffi.new("struct tdb_config *")
         lib.tdb_config_init(config)
         config.iret_fault_unblocks = iret_fault_unblocks
+        config.nmi_fail_blocks = nmi_fail_blocks
         for name, value in (
             ("snapshot_interval", snapshot_interval),
             ("max_snapshots", max_snapshots),
@@ -295,6 +298,7 @@ def _frame_value(f: Any) -> Frame:
     return Frame(
         f.entry, f.cpu, f.vector, Source(f.source), f.ist, f.lo, f.hi, _context_value(f.saved), FrameStatus(f.status),
         bool(f.has_code), f.gate_type, f.stack_lo, f.stack_hi, _event(f.clobbered_by), _event(f.victim), _event(f.finding),
+        bool(f.fred), f.level, f.from_level, None if f.gs > 1 else bool(f.gs),
     )  # fmt: skip
 
 
@@ -330,7 +334,28 @@ def _cpu_value(number: int, c: Any) -> CpuState:
         bool(c.gap),
         None if c.tss < 0 else c.tss,
         None if c.idt < 0 else c.idt,
+        _event(c.ring_gap),
+        c.csl if known & lib.TDB_CK_CSL else None,
+        bool(c.gs) if known & lib.TDB_CK_GS else None,
+        c.tpr if known & lib.TDB_CK_TPR else None,
+        bool(c.mce) if known & lib.TDB_CK_MCE else None,
+        bool(c.gif) if known & lib.TDB_CK_GIF else None,
+        bool(c.fred),
+        Shadow(c.shadow),
+        bool(c.smm),
+        bool(c.guest),
+        c.token_known,
+        c.token_busy,
     )
+
+
+def _set_fred(out: Any, fred: Fred) -> None:
+    out.on = fred.on
+    for level, rsp in enumerate(fred.rsp):
+        out.rsp[level] = rsp or 0
+        out.known |= (rsp is not None) << level
+    out.stklvls, out.config = fred.stklvls or 0, fred.config or 0
+    out.known |= (lib.TDB_FK_STKLVLS if fred.stklvls is not None else 0) | (lib.TDB_FK_CONFIG if fred.config is not None else 0)
 
 
 def _layout_struct(layout: Layout, trace: Trace) -> tuple[Any, list[Any]]:
@@ -356,6 +381,8 @@ def _layout_struct(layout: Layout, trace: Trace) -> tuple[Any, list[Any]]:
     for n, entry in enumerate(tables):
         cpus[n].tss = -1 if entry.tss is None else entry.tss
         cpus[n].idt = -1 if entry.idt is None else entry.idt
+        if entry.fred is not None:
+            _set_fred(cpus[n].fred, entry.fred)
     regions = ffi.new("struct tdb_region[]", max(len(layout.regions), 1))
     for n, r in enumerate(layout.regions):
         regions[n].lo, regions[n].hi, regions[n].cpu, regions[n].kind, regions[n].slot = r.lo, r.hi, r.cpu, r.kind, r.slot

@@ -58,6 +58,15 @@ class Source(IntEnum):
     EXTINT = 6
     INJECTED = 7
     EXTERNAL = 8
+    SYSCALL = 9
+
+
+class Return(IntEnum):
+    """Which instruction a RETURN is: its `arg`; `enum tdb_return`."""
+
+    IRET = 0
+    ERETU = 1
+    ERETS = 2
 
 
 class Known(IntFlag):
@@ -105,6 +114,17 @@ class Rule(IntEnum):
     SHUTDOWN = 9
     TRACE_GAP = 10
     MODEL_MISMATCH = 11
+    NEIGHBOUR_OVERWRITE = 12
+    STACK_OVERFLOW = 13
+    ERROR_CODE_MISMATCH = 14
+    TRIPLE_FAULT = 15
+    TOKEN_BUSY = 16
+    REENTRY_WINDOW = 17
+    NMI_STUCK = 18
+    NMI_LOST = 19
+    HELD_VECTOR = 20
+    ILLEGAL_VECTOR = 21
+    UNMATCHED_RETURN = 22
 
 
 class Evidence(IntEnum):
@@ -127,6 +147,8 @@ class Cause(IntEnum):
     MASKABLE = 5
     SOFTWARE = 6
     OTHER_CPU = 7
+    RING_GAP = 8
+    MOV_SS = 9
 
 
 class FrameStatus(IntEnum):
@@ -152,6 +174,14 @@ class Settle(IntEnum):
     NMI = 9
 
 
+class Shadow(IntEnum):
+    """What holds events back for one instruction (SDM Vol. 3A 6.8.3)."""
+
+    NONE = 0
+    STI = 1
+    MOV_SS = 2
+
+
 class ShutdownReason(IntEnum):
     """`enum tdb_shutdown`."""
 
@@ -169,6 +199,13 @@ class Mismatch(IntFlag):
     ENTER_CS = 4
     NMI_BLOCKED = 8
     IF_CLEAR = 16
+    SHADOW = 32
+    GATE = 64
+    MC_SHUTDOWN = 128
+    TPR = 256
+    DOUBLE_FAULT = 512
+    GIF = 1024
+    TOKEN = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,11 +270,20 @@ class Frame:
     clobbered_by: int | None
     victim: int | None
     finding: int | None
+    fred: bool = False  # 64 bytes with an error code always (FRED), else 40 or 48
+    level: int = 0  # FRED stack level of the handler
+    from_level: int = 0  # FRED stack level of what it interrupted
+    kernel_gs: bool | None = None  # GS base when it was stored: the kernel's, user mode's, unknown
 
     @property
     def rip_addr(self) -> int:
-        """Address of the RIP slot: what RSP is at the return."""
-        return self.hi - 40
+        """Address of the RIP slot: what RSP is at an IRET."""
+        return self.hi - (56 if self.fred else 40)
+
+    @property
+    def dedicated(self) -> bool:
+        """Stored through an IST gate or at a raised FRED level."""
+        return self.ist != 0 or self.level > self.from_level
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +329,18 @@ class CpuState:
     gap: bool
     tss: int | None
     idt: int | None
+    ring_gap: int | None = None  # the SYSCALL or SYSRET since which RSP is user mode's
+    csl: int | None = None  # FRED stack level
+    kernel_gs: bool | None = None  # whose GS base is in use
+    tpr: int | None = None
+    mce: bool | None = None  # CR4.MCE
+    gif: bool | None = None  # SVM's global interrupt flag
+    fred: bool = False
+    shadow: Shadow = Shadow.NONE
+    smm: bool = False
+    guest: bool = False
+    tokens_known: int = 0  # bit n: whether the shadow-stack token of IST n is busy is known
+    tokens_busy: int = 0
 
 
 @dataclass(frozen=True, slots=True)

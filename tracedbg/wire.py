@@ -104,6 +104,14 @@ TSS = c.Struct(
 
 CPU_LAYOUT = c.Struct("tss" / c.Int32sl, "idt" / c.Int32sl)
 
+FRED = c.Struct(
+    "rsp" / c.Array(4, c.Int64ul),
+    "stklvls" / c.Int64ul,
+    "config" / c.Int64ul,
+    "known" / c.Int32ul,  # bit 0-3: rsp[n]; 4: stklvls; 5: config
+    "on" / c.Int32ul,
+)
+
 REGION = c.Struct(
     "lo" / c.Int64ul,
     "hi" / c.Int64ul,
@@ -119,7 +127,7 @@ LAYOUT_HEAD = c.Struct(
     "cpu_count" / c.Int32ul,
     "region_count" / c.Int32ul,
     "fidelity" / c.Int32ul,
-    "reserved" / c.Int32ul,
+    "fred_count" / c.Int32ul,  # FRED records behind the IDTs: one for each of the CPUs, or none
 )
 
 MEMORY_HEAD = c.Struct("count" / c.Int32ul, "reserved" / c.Int32ul)
@@ -145,6 +153,7 @@ def packer(layout: c.Construct[Any, Any]) -> struct.Struct:
 EVENT_PACK = packer(EVENT)
 TSS_PACK = packer(TSS)
 CPU_PACK = packer(CPU_LAYOUT)
+FRED_PACK = packer(FRED)
 REGION_PACK = packer(REGION)
 GATE_PACK = packer(GATE)
 RANGE_PACK = packer(MEMORY_RANGE)

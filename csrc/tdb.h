@@ -140,7 +140,6 @@ struct tdb_fred {      /* FRED delivery at the start */
 struct tdb_cpu_layout {
 	int32_t tss;   /* index of the TSS loaded at the start, -1 unknown */
 	int32_t idt;   /* index of the IDT loaded at the start, -1 unknown */
-	struct tdb_fred fred;
 };
 
 enum tdb_region_kind {
@@ -172,6 +171,7 @@ struct tdb_layout {
 	const struct tdb_tss *tss;
 	const struct tdb_idt *idt;
 	const struct tdb_cpu_layout *cpu;
+	const struct tdb_fred *fred;     /* one for each of cpu, or NULL */
 	const struct tdb_region *region;
 	const struct tdb_memory *memory;
 	uint32_t tss_count, idt_count, cpu_count, region_count, memory_count;
@@ -331,8 +331,7 @@ enum tdb_mismatch {    /* model-mismatch: what differs; in tdb_finding.detail */
 	TDB_MM_TPR = 256,          /* held by the task priority */
 	TDB_MM_DOUBLE_FAULT = 512, /* the table of double faults says otherwise */
 	TDB_MM_GIF = 1024,         /* held by SVM's GIF */
-	TDB_MM_TOKEN = 2048,       /* the shadow-stack token was busy */
-	TDB_MM_KINDS = 12
+	TDB_MM_TOKEN = 2048        /* the shadow-stack token was busy */
 };
 
 struct tdb_finding {

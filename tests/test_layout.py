@@ -32,6 +32,7 @@ def c_fields(name: str) -> list[tuple[str, int, int]]:
         (wire.IDT, "struct tdb_idt"),
         (wire.TSS, "struct tdb_tss"),
         (wire.CPU_LAYOUT, "struct tdb_cpu_layout"),
+        (wire.FRED, "struct tdb_fred"),
         (wire.REGION, "struct tdb_region"),
     ],
 )

@@ -378,22 +378,24 @@ def _layout_struct(layout: Layout, trace: Trace) -> tuple[Any, list[Any]]:
             g.flags = lib.TDB_GATE_KNOWN | (lib.TDB_GATE_PRESENT if gate.present else 0)
     tables = layout.cpus[: trace.cpus]
     cpus = ffi.new("struct tdb_cpu_layout[]", max(len(tables), 1))
+    freds = ffi.new("struct tdb_fred[]", max(len(tables), 1))
     for n, entry in enumerate(tables):
         cpus[n].tss = -1 if entry.tss is None else entry.tss
         cpus[n].idt = -1 if entry.idt is None else entry.idt
         if entry.fred is not None:
-            _set_fred(cpus[n].fred, entry.fred)
+            _set_fred(freds[n], entry.fred)
     regions = ffi.new("struct tdb_region[]", max(len(layout.regions), 1))
     for n, r in enumerate(layout.regions):
         regions[n].lo, regions[n].hi, regions[n].cpu, regions[n].kind, regions[n].slot = r.lo, r.hi, r.cpu, r.kind, r.slot
     memory = ffi.new("struct tdb_memory[]", max(len(trace.memory), 1))
-    keep: list[Any] = [tss, idts, cpus, regions, memory]
+    keep: list[Any] = [tss, idts, cpus, freds, regions, memory]
     for n, m in enumerate(trace.memory):
         data = ffi.from_buffer("uint8_t[]", m.data)
         keep.append(data)
         memory[n].addr, memory[n].length, memory[n].bytes = m.addr, len(m.data), data
     result = ffi.new("struct tdb_layout *")
     result.tss, result.idt, result.cpu, result.region, result.memory = tss, idts, cpus, regions, memory
+    result.fred = freds
     result.tss_count, result.idt_count, result.cpu_count = len(layout.tss), len(layout.idts), len(tables)
     result.region_count, result.memory_count = len(layout.regions), len(trace.memory)
     result.fidelity = int(layout.fidelity)

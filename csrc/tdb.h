@@ -154,7 +154,7 @@ struct tdb_region {
 	uint16_t cpu;
 	uint8_t kind;
 	uint8_t slot;
-	uint32_t reserved;
+	uint32_t assumed;   /* 1: nothing tells lo; no verdict rests on it */
 };
 
 struct tdb_memory {    /* initial contents */
@@ -263,7 +263,7 @@ struct tdb_frame {
 	uint8_t reserved[3];
 };
 
-enum tdb_hazard { TDB_HAZARD_NMI = 0, TDB_HAZARD_MC = 1, TDB_HAZARD_MASKABLE = 2 };
+enum tdb_hazard { TDB_HAZARD_NMI = 0, TDB_HAZARD_MC = 1, TDB_HAZARD_MASKABLE = 2, TDB_HAZARD_NEIGHBOUR = 3 };
 
 struct tdb_word {
 	uint64_t addr, value;
@@ -272,7 +272,7 @@ struct tdb_word {
 	uint8_t reserved[7];
 };
 
-enum tdb_stack_flag { TDB_STACK_NAMED = 1 };
+enum tdb_stack_flag { TDB_STACK_NAMED = 1, TDB_STACK_ASSUMED = 2 };
 
 struct tdb_stack {
 	uint64_t lo, hi;
@@ -325,13 +325,12 @@ enum tdb_cause {       /* why the writer could come while the victim was open */
 
 enum tdb_mismatch {    /* model-mismatch: what differs; in tdb_finding.detail */
 	TDB_MM_ENTER_RSP = 1, TDB_MM_ENTER_RIP = 2, TDB_MM_ENTER_CS = 4, TDB_MM_NMI_BLOCKED = 8, TDB_MM_IF_CLEAR = 16,
-	TDB_MM_SHADOW = 32,        /* held by STI or MOV SS */
-	TDB_MM_GATE = 64,          /* the gate or its stack pointer cannot deliver */
-	TDB_MM_MC_SHUTDOWN = 128,  /* #MC with MCIP set or CR4.MCE clear */
-	TDB_MM_TPR = 256,          /* held by the task priority */
-	TDB_MM_DOUBLE_FAULT = 512, /* the table of double faults says otherwise */
-	TDB_MM_GIF = 1024,         /* held by SVM's GIF */
-	TDB_MM_TOKEN = 2048        /* the shadow-stack token was busy */
+	TDB_MM_GATE = 32,          /* the gate or its stack pointer cannot deliver */
+	TDB_MM_MC_SHUTDOWN = 64,   /* #MC with MCIP set or CR4.MCE clear */
+	TDB_MM_TPR = 128,          /* held by the task priority */
+	TDB_MM_DOUBLE_FAULT = 256, /* the table of double faults says otherwise */
+	TDB_MM_GIF = 512,          /* held by SVM's GIF */
+	TDB_MM_TOKEN = 1024        /* the shadow-stack token was busy */
 };
 
 struct tdb_finding {

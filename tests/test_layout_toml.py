@@ -169,7 +169,7 @@ def test_stacks_of_many_cpus_are_found_in_seconds() -> None:
     stacks = layout.with_stacks().regions[len(regions) :]
     assert time.monotonic() - begin < 10
     assert len(stacks) == 8 * 4096
-    assert Region(0x10800, 0x11000, REGION_STACK, 1, 1) in stacks[:20]
+    assert Region(0x10800, 0x11000, REGION_STACK, 1, 1, assumed=True) in stacks[:20]
 
 
 def test_a_top_inside_of_overlapping_stacks_gets_none() -> None:
@@ -181,4 +181,4 @@ def test_a_top_inside_of_overlapping_stacks_gets_none() -> None:
     ):
         found = replace(base, regions=regions).with_stacks().regions
         assert (len(found) > len(regions)) is added
-    assert found[-1] == Region(0x3000, 0x5000, REGION_STACK, 0, 8)
+    assert found[-1] == Region(0x3000, 0x5000, REGION_STACK, 0, 8, assumed=True)

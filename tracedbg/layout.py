@@ -102,6 +102,7 @@ class Region:
     kind: int = REGION_STACK
     cpu: int = 0
     slot: int = 0
+    assumed: bool = False  # nothing tells lo: a usual size
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ class Layout:
             at = bisect.bisect_left(ordered, top)
             below = ordered[at - 1] if at else 0
             lo = max(below, top - IST_STACK_SIZE, 0)
-            added.append(Region(lo, top, REGION_STACK, cpu, slot))
+            added.append(Region(lo, top, REGION_STACK, cpu, slot, assumed=True))
         return replace(self, regions=(*self.regions, *added))
 
     def to_bytes(self) -> bytes:
@@ -185,7 +186,7 @@ class Layout:
         parts = [head]
         parts += [_tss_bytes(t) for t in self.tss]
         parts += [wire.CPU_PACK.pack(-1 if t.tss is None else t.tss, -1 if t.idt is None else t.idt) for t in self.cpus]
-        parts += [wire.REGION_PACK.pack(r.lo, r.hi, r.cpu, r.kind, r.slot, 0) for r in self.regions]
+        parts += [wire.REGION_PACK.pack(r.lo, r.hi, r.cpu, r.kind, r.slot, int(r.assumed)) for r in self.regions]
         parts += [_idt_bytes(i) for i in self.idts]
         if any(c.fred for c in self.cpus):
             parts += [_fred_bytes(c.fred or Fred(on=False)) for c in self.cpus]
@@ -221,8 +222,8 @@ class Layout:
             for (t, i), fred in zip(wire.CPU_PACK.iter_unpack(data[cpus_at:regions_at]), freds, strict=True)
         )
         regions = tuple(
-            Region(lo, hi, kind, cpu, slot)
-            for lo, hi, cpu, kind, slot, _ in wire.REGION_PACK.iter_unpack(data[regions_at:idts_at])
+            Region(lo, hi, kind, cpu, slot, bool(assumed & 1))
+            for lo, hi, cpu, kind, slot, assumed in wire.REGION_PACK.iter_unpack(data[regions_at:idts_at])
         )
         idts = tuple(_idt_value(data[at : at + _IDT_SIZE]) for at in range(idts_at, fred_at, _IDT_SIZE))
         for tables in cpus:
@@ -349,11 +350,14 @@ def _layout_of(table: dict[str, Any]) -> Layout:
     _check_keys(table, "", ("user", "stack", "cpu", "tss", "idt", "names"))
     regions = [Region(_u64(lo), _u64(hi, top=True), REGION_USER) for lo, hi in table.get("user", [])]
     for stack in table.get("stack", []):
-        _check_keys(stack, "stack: ", ("lo", "hi", "cpu", "slot"), ("lo", "hi"))
+        _check_keys(stack, "stack: ", ("lo", "hi", "cpu", "slot", "assumed"), ("lo", "hi"))
         slot = stack.get("slot", 0)
         slot = SLOT_RSP0 if slot == "rsp0" else _small(slot, SLOT_RSP0)
         owner = _small(stack.get("cpu", 0), 0xFFFF)
-        regions.append(Region(_u64(stack["lo"]), _u64(stack["hi"], top=True), REGION_STACK, owner, slot))
+        assumed = stack.get("assumed", False)
+        if not isinstance(assumed, bool):
+            raise ValueError(f"stack: assumed {_shown(assumed)} is not true or false")
+        regions.append(Region(_u64(stack["lo"]), _u64(stack["hi"], top=True), REGION_STACK, owner, slot, assumed))
     if any(r.lo >= r.hi for r in regions):
         raise ValueError("a range ends before it begins")
     tss = []
@@ -486,6 +490,7 @@ def to_toml(layout: Layout) -> str:
         if region.kind == REGION_STACK:
             slot = '"rsp0"' if region.slot == SLOT_RSP0 else str(region.slot)
             lines += ["\n[[stack]]", f'lo = "{region.lo:#x}"', f'hi = "{region.hi:#x}"', f"cpu = {region.cpu}", f"slot = {slot}"]
+            lines += ["assumed = true"] if region.assumed else []
     for idt in layout.idts:
         lines += ["\n[[idt]]", f'base = "{idt.base:#x}"']
         for vector, gate in sorted(idt.gates.items()):

@@ -287,7 +287,7 @@ def _context_value(c: Any) -> Context:
 
 
 def _stack_value(s: Any) -> Stack:
-    return Stack(s.lo, s.hi, s.cpu, s.slot, bool(s.flags & lib.TDB_STACK_NAMED), s.frames)
+    return Stack(s.lo, s.hi, s.cpu, s.slot, bool(s.flags & lib.TDB_STACK_NAMED), s.frames, bool(s.flags & lib.TDB_STACK_ASSUMED))
 
 
 def _word_value(w: Any) -> Word:
@@ -387,6 +387,7 @@ def _layout_struct(layout: Layout, trace: Trace) -> tuple[Any, list[Any]]:
     regions = ffi.new("struct tdb_region[]", max(len(layout.regions), 1))
     for n, r in enumerate(layout.regions):
         regions[n].lo, regions[n].hi, regions[n].cpu, regions[n].kind, regions[n].slot = r.lo, r.hi, r.cpu, r.kind, r.slot
+        regions[n].assumed = r.assumed
     memory = ffi.new("struct tdb_memory[]", max(len(trace.memory), 1))
     keep: list[Any] = [tss, idts, cpus, freds, regions, memory]
     for n, m in enumerate(trace.memory):

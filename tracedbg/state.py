@@ -199,13 +199,12 @@ class Mismatch(IntFlag):
     ENTER_CS = 4
     NMI_BLOCKED = 8
     IF_CLEAR = 16
-    SHADOW = 32
-    GATE = 64
-    MC_SHUTDOWN = 128
-    TPR = 256
-    DOUBLE_FAULT = 512
-    GIF = 1024
-    TOKEN = 2048
+    GATE = 32
+    MC_SHUTDOWN = 64
+    TPR = 128
+    DOUBLE_FAULT = 256
+    GIF = 512
+    TOKEN = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +295,7 @@ class Stack:
     slot: int
     named: bool
     frames: int
+    assumed: bool = False  # nothing tells lo: a usual size
 
 
 @dataclass(frozen=True, slots=True)

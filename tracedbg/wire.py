@@ -118,7 +118,7 @@ REGION = c.Struct(
     "cpu" / c.Int16ul,
     "kind" / c.Int8ul,
     "slot" / c.Int8ul,
-    "reserved" / c.Int32ul,
+    "assumed" / c.Int32ul,  # 1: nothing tells lo
 )
 
 LAYOUT_HEAD = c.Struct(

@@ -32,6 +32,18 @@ static void add_cpu(uint64_t *h, const struct tdb_cpu *c)
 	add(h, c->gap);
 	add(h, (uint64_t)(int64_t)c->tss);
 	add(h, (uint64_t)(int64_t)c->idt);
+	add(h, c->ring_gap);
+	add(h, k & TDB_CK_CSL ? c->csl : 0);
+	add(h, k & TDB_CK_GS ? c->gs : 0);
+	add(h, k & TDB_CK_TPR ? c->tpr : 0);
+	add(h, k & TDB_CK_MCE ? c->mce : 0);
+	add(h, k & TDB_CK_GIF ? c->gif : 0);
+	add(h, c->fred);
+	add(h, c->shadow);
+	add(h, c->smm);
+	add(h, c->guest);
+	add(h, c->token_known);
+	add(h, c->token_busy);
 }
 
 static void add_frame(uint64_t *h, const struct tdb_frame *f)
@@ -57,6 +69,10 @@ static void add_frame(uint64_t *h, const struct tdb_frame *f)
 	add(h, f->clobbered_by);
 	add(h, f->victim);
 	add(h, f->finding);
+	add(h, f->fred);
+	add(h, f->level);
+	add(h, f->from_level);
+	add(h, f->gs);
 }
 
 static void add_finding(uint64_t *h, const struct tdb_finding *f, uint64_t position)
@@ -70,6 +86,8 @@ static void add_finding(uint64_t *h, const struct tdb_finding *f, uint64_t posit
 	add(h, f->lo);
 	add(h, f->hi);
 	add(h, f->differ);
+	add(h, f->cause_event);
+	add(h, f->detail);
 }
 
 int tdb_digest(const tdb_replay *r, uint64_t *ret)

@@ -171,7 +171,7 @@ int frame_open(struct machine *m, const struct tdb_frame *f)
 		frame_close(m, &fr->node[list->tail], TDB_SETTLE_DROPPED);
 	if (fr->count >= fr->limit)
 		frame_close(m, &fr->node[fr->age.tail], TDB_SETTLE_DROPPED);
-	watched = f->ist || stack_per_cpu(m->in, key);
+	watched = frame_dedicated(f) || stack_per_cpu(m->in, key);
 	if (watched && m->watch[f->cpu].count >= WATCHED_PER_CPU)
 		frame_close(m, &fr->node[m->watch[f->cpu].tail], TDB_SETTLE_DROPPED);
 	if (!stack_named(key) && (fr->anon_count + 1) * 2 > fr->anon_capacity) {
@@ -195,6 +195,7 @@ int frame_open(struct machine *m, const struct tdb_frame *f)
 	}
 	n = &fr->node[id];
 	n->f = *f;
+	m->any_fred |= f->fred;
 	n->key = key;
 	n->saved_key = saved_knows(f, TDB_K_RSP) ? stack_key(m->in, f->saved.rsp) : 0;
 	n->watched = watched;
@@ -213,8 +214,10 @@ void frame_close(struct machine *m, struct node *n, enum tdb_settle why)
 	struct frames *fr = &m->frames;
 	uint32_t id = (uint32_t)(n - fr->node);
 
-	if (n->f.ist)
+	if (frame_dedicated(&n->f))
 		m->stats.settled[why]++;
+	if (why == TDB_SETTLE_DROPPED && n->f.status == TDB_FRAME_CLOBBERED)
+		finding_lost(m, n->f.finding, (uint32_t)(m->position - 1));
 	if (stack_named(n->key)) {
 		stack_remove(fr, &fr->named[n->key], id);
 	} else {

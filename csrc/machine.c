@@ -3,8 +3,6 @@
 
 #include "core.h"
 
-#define MSR_MCG_STATUS 0x17a
-
 /* -- life ------------------------------------------------------------------------------------------------------------ */
 
 static void gates_release(struct gates *g)
@@ -25,6 +23,13 @@ static void cpu_reset(struct cpu *c)
 	c->failed[0] = c->failed[1] = NONE;
 	c->placed = NONE;
 	c->loop_finding = NONE;
+	c->home = NO_STACK;
+	c->stuck = false;
+	c->token_reported = 0;
+	c->ring_mov_ss = c->shadow_event = c->smm_iret = NONE;
+	c->msr_known = 0;
+	memset(c->consumed, 0xff, sizeof(c->consumed));
+	c->consumed_at = 0;
 }
 
 static int load_tables(struct machine *m, const struct tdb_layout *l)
@@ -37,10 +42,17 @@ static int load_tables(struct machine *m, const struct tdb_layout *l)
 		m->idt[i]->refs = 1;
 		m->idt[i]->base = l->idt[i].base;
 		memcpy(m->idt[i]->gate, l->idt[i].gate, sizeof(m->idt[i]->gate));
+		gates_summarize(m->idt[i]);
 	}
 	for (uint32_t i = 0; i < l->cpu_count && i < m->in->cpus; i++) {
 		m->cpu[i].s.tss = l->cpu[i].tss;
 		m->cpu[i].s.idt = l->cpu[i].idt;
+		if (l->fred) {
+			m->cpu[i].s.levels = l->fred[i];
+			m->cpu[i].s.fred = l->fred[i].on != 0;
+			m->cpu[i].s.csl = l->fred[i].config & 3;
+			cpu_set_known(&m->cpu[i], TDB_CK_CSL, l->fred[i].known & TDB_FK_CONFIG);
+		}
 	}
 	for (uint32_t i = 0; i < l->memory_count; i++) {
 		const struct tdb_memory *r = &l->memory[i];
@@ -62,7 +74,7 @@ int machine_init(struct machine *m, const struct inputs *in, const struct tdb_la
 {
 	int status;
 
-	*m = (struct machine){ .in = in, .last_frame.entry = NONE };
+	*m = (struct machine){ .in = in, .stats.first_bad = UINT64_MAX };
 	m->cpu = calloc(in->cpus, sizeof(*m->cpu));
 	m->watch = calloc(in->cpus, sizeof(*m->watch));
 	m->mine = calloc(in->cpus, sizeof(*m->mine));
@@ -76,8 +88,7 @@ int machine_init(struct machine *m, const struct inputs *in, const struct tdb_la
 	for (uint32_t i = 0; i < in->cpus; i++) {
 		m->cpu[i].s.event = NONE;
 		cpu_reset(&m->cpu[i]);
-		memset(m->cpu[i].fake, 0xff, sizeof(m->cpu[i].fake));
-		memset(m->cpu[i].mismatch, 0xff, sizeof(m->cpu[i].mismatch));
+		memset(&m->cpu[i].fold, 0xff, sizeof(m->cpu[i].fold));
 		m->watch[i] = m->mine[i] = (struct list){ NONE, NONE, 0 };
 	}
 	status = load_tables(m, layout);
@@ -107,7 +118,7 @@ void machine_deinit(struct machine *m)
 
 void cpu_set_registers(struct cpu *c, const struct tdb_context *at)
 {
-	c->s.known &= TDB_CK_NMI | TDB_CK_MCIP | TDB_CK_USER_RSP;
+	c->s.known &= ~REGISTERS_KNOWN;
 	c->s.rip = at->rip;
 	c->s.rsp = at->rsp;
 	c->s.cs = at->cs;
@@ -118,81 +129,23 @@ void cpu_set_registers(struct cpu *c, const struct tdb_context *at)
 		      (at->known & TDB_K_RFLAGS ? TDB_CK_RFLAGS : 0);
 }
 
-/* -- events that change tables --------------------------------------------------------------------------------------- */
-
-static void apply_tss(struct machine *m, const struct cpu *c, const struct tdb_event *e)
+void cpu_forget_registers(struct cpu *c)
 {
-	struct tdb_tss *tss = c->s.tss >= 0 ? &m->tss[c->s.tss] : NULL;
-	uint32_t bit = e->arg;
-	uint64_t *slot;
-
-	if (!(e->known & TDB_K_ARG) || !(e->arg <= 2 || (e->arg >= 9 && e->arg <= 15))) {
-		m->stats.bad_events++;
-		return;
-	}
-	if (!tss)
-		return;
-	slot = e->arg <= 2 ? &tss->rsp[e->arg] : &tss->ist[e->arg - 8];
-	*slot = e->known & TDB_K_VALUE ? e->value : 0;
-	tss->known &= ~(1u << bit);
-	if (e->known & TDB_K_VALUE)
-		tss->known |= 1u << bit;
+	c->s.known &= ~REGISTERS_KNOWN;
+	c->s.rip = c->s.rsp = 0;
+	c->s.cs = c->s.ss = 0;
+	c->s.rflags = 0;
+	c->home = NO_STACK;
 }
 
-static int apply_gate(struct machine *m, const struct cpu *c, const struct tdb_event *e)
+void cpu_come_home(const struct machine *m, struct cpu *c)
 {
-	struct gates *g;
-	struct tdb_gate *gate;
-
-	if (!(e->known & TDB_K_ARG)) {
-		m->stats.bad_events++;
-		return TDB_OK;
-	}
-	if (c->s.idt < 0)
-		return TDB_OK;
-	g = m->idt[c->s.idt];
-	if (g->refs > 1) {
-		struct gates *copy = malloc(sizeof(*copy));
-
-		if (!copy)
-			return TDB_E_NOMEM;
-		*copy = *g;
-		copy->refs = 1;
-		g->refs--;
-		m->idt[c->s.idt] = g = copy;
-	}
-	gate = &g->gate[e->arg];
-	*gate = (struct tdb_gate){ 0 };
-	if ((e->known & (TDB_K_VALUE | TDB_K_CODE | TDB_K_CS)) != (TDB_K_VALUE | TDB_K_CODE | TDB_K_CS))
-		return TDB_OK;
-	gate->offset = e->value;
-	gate->selector = e->cs;
-	gate->ist = e->code & 7;
-	gate->type = e->code >> 8 & 15;
-	gate->dpl = e->code >> 13 & 3;
-	gate->flags = TDB_GATE_KNOWN | (e->code >> 15 & 1 ? TDB_GATE_PRESENT : 0);
-	return TDB_OK;
-}
-
-static int32_t find_tss(const struct machine *m, const struct tdb_event *e)
-{
-	for (uint32_t i = 0; e->known & TDB_K_VALUE && i < m->in->tss_count; i++)
-		if (m->tss[i].base == e->value)
-			return (int32_t)i;
-	return -1;
-}
-
-static int32_t find_idt(const struct machine *m, const struct tdb_event *e)
-{
-	for (uint32_t i = 0; e->known & TDB_K_VALUE && i < m->in->idt_count; i++)
-		if (m->idt[i]->base == e->value)
-			return (int32_t)i;
-	return -1;
+	c->home = c->s.known & TDB_CK_RSP ? stack_key(m->in, c->s.rsp) : NO_STACK;
 }
 
 /* -- events that change memory ---------------------------------------------------------------------------------------- */
 
-static int apply_write(struct machine *m, const struct tdb_event *e, uint32_t index)
+static int apply_write(struct machine *m, struct cpu *c, const struct tdb_event *e, uint32_t index)
 {
 	bool known = e->known & TDB_K_VALUE, far = e->flags & TDB_F_BYTES;
 	uint32_t length = far ? e->code : e->arg;
@@ -200,17 +153,19 @@ static int apply_write(struct machine *m, const struct tdb_event *e, uint32_t in
 
 	if (!(e->known & TDB_K_ADDR) || !(e->known & (far ? TDB_K_CODE : TDB_K_ARG)) || !length ||
 	    length > (far ? WRITE_LIMIT : 8)) {
-		m->stats.bad_events++;
+		machine_refuse(m);
 		return TDB_OK;
 	}
 	if (far && known) {
 		if (e->value > m->in->bytes_size || length > m->in->bytes_size - e->value) {
-			m->stats.bad_events++;
+			machine_refuse(m);
 			return TDB_OK;
 		}
 		bytes = m->in->bytes + e->value;
 	}
 	m->stats.writes++;
+	if (stack_named(c->home) && !(m->in->stack[c->home].flags & TDB_STACK_ASSUMED))
+		overflow_write(m, c, e, index, known ? bytes : NULL, length);
 	return memory_store(&m->mem, e->addr, known ? bytes : NULL, length, index);
 }
 
@@ -232,14 +187,16 @@ static struct node *movable(const struct machine *m, uint64_t key, const struct 
 static int apply_move(struct machine *m, const struct tdb_event *e, uint32_t index)
 {
 	struct node *n;
-	uint8_t bytes[48], known[6];
+	uint8_t bytes[64], known[8];
 	uint64_t length, value;
 	uint32_t by;
 
-	if (!(e->known & TDB_K_ADDR) || e->addr > UINT64_MAX - 48)
+	if (!(e->known & TDB_K_ADDR) || e->addr > UINT64_MAX - 64)
 		return TDB_OK;
 	n = movable(m, stack_key(m->in, e->addr + 40), e, NULL);
 	n = movable(m, stack_key(m->in, e->addr + 48), e, n);
+	n = movable(m, stack_key(m->in, e->addr + 56), e, n);
+	n = movable(m, stack_key(m->in, e->addr + 64), e, n);
 	if (!n)
 		return TDB_OK;
 	n->f.status = TDB_FRAME_MOVED;
@@ -284,11 +241,15 @@ static void apply_gap(struct machine *m, const struct tdb_event *e, uint32_t ind
 	drop_frames(m, all, e->cpu);
 	for (uint32_t i = all ? 0 : e->cpu; i < (all ? m->in->cpus : e->cpu + 1u); i++) {
 		struct cpu *c = &m->cpu[i];
-		int32_t tss = c->s.tss, idt = c->s.idt;
+		struct tdb_cpu kept = c->s;      /* tables and MSRs are mostly written once */
+		uint32_t msr_known = c->msr_known;
 
 		cpu_reset(c);
-		c->s.tss = tss;
-		c->s.idt = idt;
+		c->s.tss = kept.tss;
+		c->s.idt = kept.idt;
+		c->s.fred = kept.fred;
+		c->s.levels = kept.levels;
+		c->msr_known = msr_known;
 		c->s.gap = 1;
 	}
 	memory_clear(&m->mem);
@@ -298,8 +259,10 @@ static void apply_init(struct machine *m, struct cpu *c, const struct tdb_event 
 {
 	drop_frames(m, false, e->cpu);
 	cpu_reset(c);
+	c->s.gif = 1;
+	c->s.known = TDB_CK_MCE | TDB_CK_TPR | TDB_CK_GIF;
 	if (e->known & TDB_K_ARG && e->arg == 0)           /* RESET; what INIT leaves of both is not told */
-		c->s.known = TDB_CK_NMI | TDB_CK_MCIP;
+		c->s.known |= TDB_CK_NMI | TDB_CK_MCIP;
 }
 
 /* -- one event ------------------------------------------------------------------------------------------------------------ */
@@ -313,7 +276,7 @@ static void apply_enter(struct machine *m, struct cpu *c, const struct tdb_event
 			mismatch |= TDB_MM_ENTER_RSP;
 		if (e->known & TDB_K_RIP && e->rip != c->s.rip)
 			mismatch |= TDB_MM_ENTER_RIP;
-		if (e->known & TDB_K_CS && e->cs != c->s.cs)
+		if (e->known & TDB_K_CS && c->s.known & TDB_CK_CS && e->cs != c->s.cs)
 			mismatch |= TDB_MM_ENTER_CS;
 	}
 	if (mismatch) {
@@ -343,19 +306,150 @@ static void apply_enter(struct machine *m, struct cpu *c, const struct tdb_event
 		c->s.rflags = e->rflags;
 		c->s.known |= TDB_CK_RFLAGS;
 	}
+	if (e->known & TDB_K_RSP)
+		cpu_come_home(m, c);
 }
 
-static void set_known(struct cpu *c, uint32_t bit, bool known)
+static void raise_shutdown(struct machine *m, const struct cpu *c, const struct tdb_event *e, uint32_t index)
 {
-	c->s.known = known ? c->s.known | bit : c->s.known & ~bit;
-}
+	uint8_t reason = e->known & TDB_K_ARG ? e->arg : TDB_SHUT_OTHER;
+	const struct tdb_event *last = c->failed[0] == NONE ? NULL : &m->in->events[c->failed[0]];
+	bool in_df = last && last->known & TDB_K_ARG && last->arg == VECTOR_DF && last->known & TDB_K_SOURCE &&
+		     last->source == TDB_SRC_EXCEPTION;
+	bool triple = reason == TDB_SHUT_TRIPLE_FAULT || (!(e->known & TDB_K_ARG) && in_df);
+	struct tdb_finding f = finding_new(triple ? TDB_R_TRIPLE_FAULT : TDB_R_SHUTDOWN, TDB_EV_RECORDED, index, e->cpu);
 
-static void raise_shutdown(struct machine *m, const struct tdb_event *e, uint32_t index)
-{
-	struct tdb_finding f = finding_new(TDB_R_SHUTDOWN, TDB_EV_RECORDED, index, e->cpu);
-
-	f.detail = e->known & TDB_K_ARG ? e->arg : TDB_SHUT_OTHER;
+	f.detail = triple ? TDB_SHUT_TRIPLE_FAULT : reason;
+	if (triple) {
+		f.cause_event = c->failed[0];
+		f.cause_frame = c->failed[1];
+	}
 	finding_raise(m, &f);
+}
+
+static void apply_shadow(struct machine *m, struct cpu *c, const struct tdb_event *e, uint32_t index)
+{
+	bool was = c->s.known & TDB_CK_RFLAGS && c->s.rflags & IF;
+
+	c->s.shadow = 0;
+	if (!(e->known & TDB_K_ARG) || e->arg > 1)
+		return;
+	c->s.shadow = (uint8_t)(e->arg + 1);
+	c->shadow_event = index;
+	if (e->arg == 0 && c->s.known & TDB_CK_RFLAGS) {
+		c->s.rflags |= IF;
+		if (!was)
+			window_maskable(m, c, e->cpu, index);
+	}
+}
+
+static void apply_flags(struct machine *m, struct cpu *c, const struct tdb_event *e, uint32_t index)
+{
+	bool was = c->s.known & TDB_CK_RFLAGS && c->s.rflags & IF;
+
+	c->s.rflags = e->rflags;
+	cpu_set_known(c, TDB_CK_RFLAGS, e->known & TDB_K_RFLAGS);
+	if (!was && c->s.known & TDB_CK_RFLAGS && c->s.rflags & IF)
+		window_maskable(m, c, e->cpu, index);
+}
+
+static void apply_setsp(struct machine *m, struct cpu *c, const struct tdb_event *e)
+{
+	c->s.rsp = e->value;
+	cpu_set_known(c, TDB_CK_RSP, e->known & TDB_K_VALUE);
+	cpu_come_home(m, c);
+	c->s.ring_gap = NONE;
+}
+
+static void apply_msr(struct machine *m, struct cpu *c, const struct tdb_event *e, uint32_t index)
+{
+	bool was_clear = c->s.known & TDB_CK_MCIP && !c->s.mcip;
+
+	system_msr(c, e);
+	if (!was_clear && c->s.known & TDB_CK_MCIP && !c->s.mcip)
+		window_mc(m, c, e->cpu, index);
+}
+
+static void apply_gs(struct cpu *c, const struct tdb_event *e)      /* R33 */
+{
+	if (!(e->known & TDB_K_ARG))
+		return;
+	if (e->arg == 0) {
+		c->s.gs ^= 1;
+	} else if (e->arg == 1) {
+		c->s.gs = e->value >> 63;
+		cpu_set_known(c, TDB_CK_GS, e->known & TDB_K_VALUE);
+	}
+}
+
+static void apply_unblock(struct machine *m, struct cpu *c, const struct tdb_event *e, uint32_t index)
+{
+	bool was = nmi_unblocked(c);
+
+	if (e->known & TDB_K_ARG && e->arg == 1) {         /* STGI */
+		c->s.gif = 1;
+		c->s.known |= TDB_CK_GIF;
+		return;
+	}
+	nmi_unblock(c, index, NONE);
+	window_nmi(m, c, e->cpu, was);
+}
+
+static void apply_smi(struct cpu *c)                   /* R30 */
+{
+	if (c->s.smm)
+		return;
+	c->smm_nmi = nmi_state(c);
+	c->smm_iret = NONE;
+	c->s.smm = 1;
+	c->s.nmi_blocked = 1;
+	c->s.known |= TDB_CK_NMI;
+}
+
+static void apply_rsm(struct machine *m, struct cpu *c, const struct tdb_event *e)
+{
+	bool was = c->smm_nmi.known && !c->smm_nmi.blocked;
+
+	cpu_forget_registers(c);
+	if (!c->s.smm)
+		return;
+	c->s.smm = 0;
+	c->s.nmi_since = c->smm_nmi.since;
+	if (c->smm_iret != NONE) {
+		nmi_unblock(c, c->smm_iret, NONE);
+	} else {
+		c->s.nmi_blocked = c->smm_nmi.blocked;
+		cpu_set_known(c, TDB_CK_NMI, c->smm_nmi.known);
+		c->s.nmi_unblocked_by = c->smm_nmi.unblocked_by;
+		c->s.nmi_unblock_frame = c->smm_nmi.unblock_frame;
+	}
+	window_nmi(m, c, e->cpu, was);
+}
+
+static void apply_vmexit(struct machine *m, struct cpu *c, const struct tdb_event *e, uint32_t index)
+{
+	struct tdb_context host = { .rip = e->rip, .rsp = e->rsp, .rflags = e->rflags, .cs = e->cs, .ss = e->ss,
+				    .known = e->known & (TDB_K_RIP | TDB_K_RSP | TDB_K_RFLAGS | TDB_K_CS | TDB_K_SS) };
+
+	cpu_set_registers(c, &host);
+	cpu_come_home(m, c);
+	c->s.ring_gap = NONE;
+	c->s.guest = 0;
+	if (e->known & TDB_K_SOURCE && e->source == TDB_SRC_NMI)   /* R18 */
+		nmi_block(c, index);
+	if (e->known & TDB_K_ARG && e->arg == 1) {         /* R19 */
+		c->s.gif = 0;
+		c->s.known |= TDB_CK_GIF;
+	}
+}
+
+static void apply_vmentry(struct cpu *c)
+{
+	cpu_forget_registers(c);
+	c->s.ring_gap = NONE;
+	c->s.guest = 1;
+	c->s.gif = 1;
+	c->s.known |= TDB_CK_GIF;
 }
 
 static int dispatch(struct machine *m, struct cpu *c, const struct tdb_event *e, uint32_t index)
@@ -366,81 +460,90 @@ static int dispatch(struct machine *m, struct cpu *c, const struct tdb_event *e,
 	case TDB_RETURN:
 		return resume_apply(m, e, index);
 	case TDB_WRITE:
-		return apply_write(m, e, index);
+		return apply_write(m, c, e, index);
 	case TDB_ENTER:
 		apply_enter(m, c, e, index);
 		break;
 	case TDB_MOVE:
 		return apply_move(m, e, index);
 	case TDB_SETSP:
-		c->s.rsp = e->value;
-		set_known(c, TDB_CK_RSP, e->known & TDB_K_VALUE);
+		apply_setsp(m, c, e);
 		break;
 	case TDB_FLAGS:
-		c->s.rflags = e->rflags;
-		set_known(c, TDB_CK_RFLAGS, e->known & TDB_K_RFLAGS);
+		apply_flags(m, c, e, index);
+		break;
+	case TDB_SHADOW:
+		apply_shadow(m, c, e, index);
 		break;
 	case TDB_TSS:
-		apply_tss(m, c, e);
+		system_tss(m, c, e);
 		break;
 	case TDB_GATE:
-		return apply_gate(m, c, e);
+		return system_gate(m, c, e);
 	case TDB_LTR:
-		c->s.tss = find_tss(m, e);
+		system_ltr(m, c, e);
 		break;
 	case TDB_LIDT:
-		c->s.idt = find_idt(m, e);
-		break;
-	case TDB_SYSRET:
-		observe_outer(m, e->cpu, index);
-		c->s.known &= ~(TDB_CK_CS | TDB_CK_SS | TDB_CK_RIP | TDB_CK_RFLAGS);
-		break;
-	case TDB_SYSENTER:                         /* R31: only SYSENTER loads RSP */
-		c->s.known &= ~TDB_CK_RSP;
-		/* fall through */
-	case TDB_SYSCALL:
-		c->s.known &= ~(TDB_CK_CS | TDB_CK_SS | TDB_CK_RIP | TDB_CK_RFLAGS);
-		break;
-	case TDB_RAISE:
-		if (e->known & TDB_K_ARG && e->arg == VECTOR_NMI && e->known & TDB_K_SOURCE && e->source == TDB_SRC_NMI &&
-		    c->s.known & TDB_CK_NMI && c->s.nmi_blocked)
-			c->s.nmi_pending = 1;
-		break;
-	case TDB_UNBLOCK:
-		nmi_unblock(c, index, NONE);
+		system_lidt(m, c, e);
 		break;
 	case TDB_MSR:
-		if (e->known & TDB_K_CODE && e->code == MSR_MCG_STATUS) {
-			c->s.mcip = e->value >> 2 & 1;
-			set_known(c, TDB_CK_MCIP, e->known & TDB_K_VALUE);
-		}
+		apply_msr(m, c, e, index);
+		break;
+	case TDB_CR:
+		system_cr(c, e);
+		break;
+	case TDB_GS:
+		apply_gs(c, e);
+		break;
+	case TDB_SYSCALL:
+	case TDB_SYSENTER:
+	case TDB_SYSRET:
+		ring_apply(m, c, e, index);
+		break;
+	case TDB_RAISE:
+		request_raised(m, c, e, index);
+		break;
+	case TDB_TOKEN:
+		token_event(m, c, e, index);
+		break;
+	case TDB_UNBLOCK:
+		apply_unblock(m, c, e, index);
+		break;
+	case TDB_SMI:
+		apply_smi(c);
+		break;
+	case TDB_RSM:
+		apply_rsm(m, c, e);
+		break;
+	case TDB_VMEXIT:
+		apply_vmexit(m, c, e, index);
+		break;
+	case TDB_VMENTRY:
+		apply_vmentry(c);
 		break;
 	case TDB_INIT:
 		apply_init(m, c, e);
 		break;
 	case TDB_SHUTDOWN:
-		raise_shutdown(m, e, index);
+		raise_shutdown(m, c, e, index);
 		break;
 	case TDB_GAP:
 		apply_gap(m, e, index);
 		break;
-	case TDB_RSM:                              /* it restores registers that no event tells */
-		cpu_set_registers(c, &(struct tdb_context){ 0 });
-		break;
 	case TDB_READ:
-	case TDB_SMI:
-	case TDB_CR:
-	case TDB_GS:
-	case TDB_SHADOW:
 	case TDB_EOI:
-	case TDB_TOKEN:
-	case TDB_VMEXIT:
-	case TDB_VMENTRY:
 	case TDB_MODE:
 	case TDB_MARK:
 		break;
 	}
 	return TDB_OK;
+}
+
+/* Events that are not, or need not be, the instruction after STI or MOV SS. */
+static bool keeps_shadow(uint8_t kind)
+{
+	return kind == TDB_ENTER || kind == TDB_WRITE || kind == TDB_READ || kind == TDB_RAISE || kind == TDB_EOI ||
+	       kind == TDB_TOKEN || kind == TDB_MARK || kind == TDB_SHADOW;
 }
 
 int machine_apply(struct machine *m)
@@ -453,9 +556,8 @@ int machine_apply(struct machine *m)
 
 	m->position++;
 	m->stats.events++;
-	m->last_frame.entry = NONE;
 	if (unlikely(e->kind < TDB_DELIVER || e->kind > TDB_MARK || (cpu_known ? e->cpu >= m->in->cpus : e->kind != TDB_GAP))) {
-		m->stats.bad_events++;
+		machine_refuse(m);
 		return TDB_OK;
 	}
 	if (unlikely(!cpu_known)) {
@@ -467,5 +569,7 @@ int machine_apply(struct machine *m)
 	status = dispatch(m, c, e, index);
 	if (c->placed != index)
 		c->placed = NONE;
+	if (unlikely(c->s.shadow) && c->shadow_event != index && !keeps_shadow(e->kind))
+		c->s.shadow = 0;
 	return status;
 }

@@ -196,27 +196,27 @@ uint32_t page_writer(const struct page *page, uint32_t word, uint32_t byte)
 	return page->writer[word] == WRITER_SPLIT ? page->split[word][byte] : page->writer[word];
 }
 
-int memory_store_word(struct memory *mem, uint64_t addr, uint64_t value, bool known, uint32_t writer)
+int memory_store_word(struct memory *mem, uint64_t addr, uint64_t value, uint8_t known, uint32_t writer)
 {
 	struct page *page = writable(mem, addr >> PAGE_SHIFT, writer);
 	uint32_t word = addr >> 3 & (PAGE_WORDS - 1);
 
 	if (unlikely(!page))
 		return TDB_E_NOMEM;
-	page->value[word] = known ? value : 0;
-	page->known[word] = known ? 0xff : 0;
+	page->value[word] = value;
+	page->known[word] = known;
 	page->writer[word] = writer;
 	return TDB_OK;
 }
 
-int memory_store_down(struct memory *mem, uint64_t top, const uint64_t *value, uint32_t known, uint32_t count, uint32_t writer)
+int memory_store_down(struct memory *mem, uint64_t top, const struct words *words, uint32_t writer)
 {
+	uint32_t count = words->count, word;
 	struct page *page;
-	uint32_t word;
 
 	if (unlikely((top - 8) >> PAGE_SHIFT != (top - 8 * count) >> PAGE_SHIFT)) {
 		for (uint32_t i = 0; i < count; i++) {
-			int status = memory_store_word(mem, top - 8 * (i + 1), value[i], known >> i & 1, writer);
+			int status = memory_store_word(mem, top - 8 * (i + 1), words->value[i], words->known[i], writer);
 
 			if (status)
 				return status;
@@ -228,10 +228,8 @@ int memory_store_down(struct memory *mem, uint64_t top, const uint64_t *value, u
 		return TDB_E_NOMEM;
 	word = (top - 8) >> 3 & (PAGE_WORDS - 1);
 	for (uint32_t i = 0; i < count; i++) {
-		bool have = known >> i & 1;
-
-		page->value[word - i] = have ? value[i] : 0;
-		page->known[word - i] = have ? 0xff : 0;
+		page->value[word - i] = words->value[i];
+		page->known[word - i] = words->known[i];
 		page->writer[word - i] = writer;
 	}
 	return TDB_OK;
@@ -283,7 +281,7 @@ int memory_store(struct memory *mem, uint64_t addr, const uint8_t *bytes, uint32
 
 			if (bytes)
 				memcpy(&value, bytes, 8);
-			status = memory_store_word(mem, addr, value, bytes != NULL, writer);
+			status = memory_store_word(mem, addr, bytes ? value : 0, bytes ? 0xff : 0, writer);
 		} else {
 			status = store_part(mem, addr, bytes, part, writer);
 		}

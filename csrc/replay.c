@@ -83,7 +83,8 @@ static int take_regions(struct inputs *in, const struct tdb_layout *l)
 			in->user[in->user_count++] = *r;
 		if (r->kind == TDB_REGION_STACK)
 			in->stack[in->stack_count++] = (struct tdb_stack){
-				.lo = r->lo, .hi = r->hi, .cpu = r->cpu, .slot = r->slot, .flags = TDB_STACK_NAMED,
+				.lo = r->lo, .hi = r->hi, .cpu = r->cpu, .slot = r->slot,
+				.flags = TDB_STACK_NAMED | (r->assumed ? TDB_STACK_ASSUMED : 0),
 				.frames = i };
 	}
 	merge_user(in);

@@ -13,7 +13,6 @@ struct snapshot {
 	uint32_t idt_count;
 	struct memory mem;
 	struct tdb_frame *frame;         /* in entry order */
-	struct tdb_frame last_frame;
 	uint64_t own_bytes;              /* of all this but the pages */
 };
 
@@ -42,7 +41,6 @@ static struct snapshot *snapshot_new(const struct machine *m)
 		return NULL;
 	s->position = m->position;
 	s->finding_count = m->finding_count;
-	s->last_frame = m->last_frame;
 	s->idt_count = in->idt_count;
 	s->own_bytes = sizeof(*s) + in->cpus * sizeof(*s->cpu) + in->tss_count * sizeof(*s->tss) +
 		       in->idt_count * (sizeof(*s->idt) + sizeof(struct gates)) + m->frames.count * sizeof(*s->frame) +
@@ -162,7 +160,6 @@ static int restore(const struct snapshot *s, struct machine *m)
 	}
 	m->position = s->position;
 	m->finding_count = s->finding_count;
-	m->last_frame = s->last_frame;
 	return TDB_OK;
 }
 

@@ -261,6 +261,8 @@ struct tdb_frame {
 	uint8_t gs;                /* GS base when it was stored: 0 user mode's, 1 the kernel's, 2 unknown */
 	uint8_t hazards;           /* bit enum tdb_hazard: a window was looked at */
 	uint8_t reserved[3];
+	uint32_t ring_gap;         /* the SYSCALL or SYSRET in whose gap it came, UINT32_MAX none */
+	uint32_t reserved2;
 };
 
 enum tdb_hazard { TDB_HAZARD_NMI = 0, TDB_HAZARD_MC = 1, TDB_HAZARD_MASKABLE = 2, TDB_HAZARD_NEIGHBOUR = 3 };
@@ -361,12 +363,13 @@ struct tdb_finding {
 struct tdb_stats {
 	uint64_t events, deliveries, judged, unjudged, legacy, failed, returns, writes, gaps;
 	uint64_t findings;                     /* raised, kept or not */
-	uint64_t settled[10];                  /* frames on IST stacks by enum tdb_settle */
+	uint64_t settled[10];                  /* frames of IST gates and raised FRED levels by enum tdb_settle */
 	uint64_t ist_deliveries[8];            /* deliveries by IST number; [0] without */
 	uint64_t open_at_end;                  /* clobbered frames whose fate is open */
 	uint64_t pages_forgotten, bad_events;
 	uint32_t snapshots, pages, frames, interval;
 	uint64_t bytes;                        /* of pages and snapshots now */
+	uint64_t first_bad;                    /* the first of the bad events, UINT64_MAX none */
 };
 
 typedef struct tdb_replay tdb_replay;

@@ -146,9 +146,11 @@ int64_t tdb_findings_raised(const tdb_replay *r)
 
 int tdb_get_last_frame(const tdb_replay *r, struct tdb_frame *ret)
 {
-	if (r->view.last_frame.entry == NONE)
+	const struct node *n = frame_at(&r->view, r->view.frames.age.head);   /* what the last event opened is the newest */
+
+	if (!n || n->f.entry + 1ull != r->view.position)
 		return TDB_E_RANGE;
-	*ret = r->view.last_frame;
+	*ret = n->f;
 	return TDB_OK;
 }
 

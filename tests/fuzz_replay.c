@@ -32,30 +32,111 @@ static uint64_t address(void)
 
 	if (!below(8))
 		return next();
-	return base[below(10)] - 8 * below(64) - (below(6) ? 0 : below(8));
+	return base[below(10)] - 8 * below(64) + (below(4) ? 0 : 8 * below(64)) - (below(6) ? 0 : below(8));
+}
+
+/* What an event of its kind would hold; random bytes reach little of what is behind a check. */
+static void make_plausible(struct tdb_event *e)
+{
+	static const uint32_t msr[] = { 0x17a, 0x17a, 0x17a, 0x808, 0xc0000081, 0xc0000082, 0xc0000084, 0x174, 0x175, 0x176,
+					0x1cc, 0x1cd, 0x1ce, 0x1cf, 0x1d0, 0x1d4 };
+
+	switch (e->kind) {
+	case TDB_RETURN:
+		e->arg = (uint8_t)(below(2) ? TDB_RET_IRET : below(4));
+		e->addr = 0x1000 + below(8);
+		break;
+	case TDB_WRITE:
+		e->arg = (uint8_t)below(10);
+		break;
+	case TDB_TSS:
+		e->arg = (uint8_t)(below(2) ? below(3) : 8 + below(8));
+		break;
+	case TDB_GATE:
+		e->code = below(8) | 0x8e00 | (below(4) ? 0 : 0x6100);
+		break;
+	case TDB_SYSCALL: case TDB_SYSRET: case TDB_SYSENTER:
+		e->cs = below(4) ? 0x33 : 8;
+		break;
+	case TDB_UNBLOCK: case TDB_SHADOW: case TDB_GS: case TDB_VMEXIT: case TDB_VMENTRY: case TDB_INIT:
+		e->arg = (uint8_t)below(3);
+		break;
+	case TDB_RAISE:
+		e->arg = (uint8_t)(below(2) ? 2 : below(40));
+		e->source = below(2) ? TDB_SRC_NMI : TDB_SRC_FIXED;
+		break;
+	case TDB_MSR:
+		e->code = msr[below(16)];
+		e->value = below(3) ? address() : next();
+		break;
+	case TDB_CR:
+		e->arg = below(2) ? 4 : 8;
+		e->value = e->arg == 8 ? below(16) : (uint64_t)below(2) << 32 | below(2) << 6;
+		break;
+	case TDB_TOKEN:
+		e->arg = (uint8_t)below(9);
+		e->code = below(2);
+		e->value = below(2);
+		break;
+	case TDB_SHUTDOWN:
+		e->arg = (uint8_t)below(5);
+		break;
+	default:
+		break;
+	}
+}
+
+/* Takes up what an earlier event said: a return of its frame, its context again, a store or a copy there. */
+static void borrow(struct tdb_event *e, const struct tdb_event *from)
+{
+	const uint64_t top[5] = { from->rsp & ~15ull, 0x110000, 0x10e000, 0x10c000, 0x108000 };
+	uint64_t rip_addr = top[below(4) ? from->arg % 5 : below(5)] - (below(8) ? 40 : 56);
+
+	e->cpu = from->cpu;
+	switch (e->kind) {
+	case TDB_RETURN:
+		e->rsp = rip_addr + (below(4) ? 0 : 8 * below(4) - 16);
+		e->addr = below(4) ? from->rip : below(2) ? from->cs : from->code;
+		e->value = from->rsp;
+		e->cs = from->cs;
+		e->ss = from->ss;
+		e->rflags = from->rflags;
+		break;
+	case TDB_MOVE:
+		e->addr = rip_addr;
+		break;
+	case TDB_WRITE:
+		e->addr = rip_addr + 8 * below(5);
+		e->rsp = below(2) ? e->addr : e->rsp;
+		e->value = below(2) ? from->rsp : e->value;
+		break;
+	default:
+		e->rip = from->rip;
+		e->rsp = below(3) ? from->rsp : rip_addr + 40 + 8 * below(5);
+	}
 }
 
 static void make_event(struct tdb_event *e)
 {
-	static const uint8_t vector[] = { 1, 2, 2, 2, 3, 8, 14, 18, 0xec };
+	static const uint8_t vector[] = { 1, 2, 2, 2, 3, 8, 10, 13, 14, 14, 18, 18, 20, 0x1d, 0xeb, 0xec };
 
 	memset(e, 0, sizeof(*e));
 	e->known = below(4) ? 0x1fff : (uint16_t)next();
-	e->kind = below(3) ? (below(2) ? TDB_DELIVER : TDB_RETURN) : (uint8_t)below(36);
+	e->kind = below(3) ? (below(2) ? TDB_DELIVER : TDB_RETURN) : below(4) ? (uint8_t)below(36) : TDB_WRITE;
 	e->cpu = (uint16_t)(below(50) ? below(CPUS) : below(70000));
-	e->arg = below(10) ? vector[below(9)] : (uint8_t)next();
-	if (e->kind == TDB_WRITE)
-		e->arg = (uint8_t)below(10);
-	e->source = (uint8_t)below(11);
+	e->arg = below(10) ? vector[below(sizeof(vector))] : (uint8_t)next();
+	e->source = (uint8_t)below(12);
 	e->flags = below(6) ? 0 : (uint8_t)next();
 	e->rip = below(2) ? 0x1000 + below(8) : next();
 	e->rsp = address();
-	e->addr = e->kind == TDB_RETURN ? 0x1000 + below(8) : address();
+	e->addr = e->kind == TDB_DELIVER && below(2) ? below(8) : address();
 	e->value = address();
 	e->code = below(3) ? below(8) : (uint32_t)next();
 	e->cs = below(4) ? 8 : 0x33;
 	e->ss = 0x10;
 	e->rflags = (uint32_t)next();
+	if (below(8))
+		make_plausible(e);
 }
 
 static void look(tdb_replay *r, uint64_t count)
@@ -90,6 +171,8 @@ static void look(tdb_replay *r, uint64_t count)
 		tdb_get_frames(r, frames, below(65));
 		tdb_get_words(r, address(), address(), words, below(65));
 		tdb_get_findings(r, below(4), findings, below(65));
+		if (tdb_findings_raised(r) > tdb_get_findings(r, 0, findings, 64))
+			abort();
 		tdb_get_last_frame(r, frames);
 		tdb_get_cpu(r, below(CPUS + 1), &cpu);
 		tdb_get_tss(r, below(CPUS + 1), &tss);
@@ -105,6 +188,7 @@ static void run(const struct tdb_event *events, uint64_t count)
 	static const uint8_t memory[64] = { 1, 2, 3 };
 	struct tdb_tss tss[CPUS] = { 0 };
 	struct tdb_cpu_layout cpu[CPUS] = { 0 };
+	struct tdb_fred fred[CPUS] = { 0 };
 	struct tdb_region region[6] = {
 		{ .lo = 0x10e000, .hi = 0x110000, .slot = 1 }, { .lo = 0x10c000, .hi = 0x10e000, .slot = 2 },
 		{ .lo = 0x10a000, .hi = 0x10c000, .slot = 3, .cpu = 1 }, { .lo = 0x107f00, .hi = 0x108000, .slot = 8 },
@@ -114,7 +198,7 @@ static void run(const struct tdb_event *events, uint64_t count)
 	struct tdb_config cfg;
 	struct tdb_layout layout = {
 		.tss = tss, .idt = idt, .cpu = cpu, .region = region, .memory = &mem, .tss_count = CPUS, .idt_count = 2,
-		.cpu_count = CPUS, .region_count = 6, .memory_count = 1, .fidelity = below(4),
+		.cpu_count = CPUS, .region_count = 6, .memory_count = 1, .fidelity = below(4), .fred = below(4) ? fred : NULL,
 	};
 	uint8_t bytes[256] = { 0 };
 	tdb_replay *r;
@@ -125,6 +209,10 @@ static void run(const struct tdb_event *events, uint64_t count)
 	cfg.max_pages = 2 + below(30);
 	cfg.max_frames = 1 + below(30);
 	cfg.max_findings = below(20);
+	cfg.iret_fault_unblocks = below(2);
+	cfg.nmi_fail_blocks = below(2);
+	for (int i = 0; i < 6; i++)
+		region[i].assumed = below(2);
 	for (int v = 0; v < 256; v++)
 		idt[0].gate[v] = (struct tdb_gate){ .offset = 0x1000, .ist = (uint8_t)(v % 5), .type = v % 7 ? 0xe : 0xf,
 						    .flags = v % 11 ? 3 : 1 };
@@ -133,6 +221,9 @@ static void run(const struct tdb_event *events, uint64_t count)
 		tss[i] = (struct tdb_tss){ .base = 0x1000u * (unsigned)i, .rsp = { 0x108000 },
 					   .ist = { 0, 0x110000, 0x10e000, 0x10c000, 0x8600111111111111ull }, .known = 0x3ff01 };
 		cpu[i] = (struct tdb_cpu_layout){ i, 0 };
+		fred[i] = (struct tdb_fred){ .rsp = { 0x108000, 0x110000, 0x10e000, address() }, .stklvls = next(),
+					     .config = 0x1000 | (next() & 0x7c0), .known = below(4) ? 0x3f : below(64),
+					     .on = !below(3) };
 	}
 	if (tdb_open(&cfg, events, count, CPUS, bytes, sizeof(bytes), &layout, &r))
 		abort();
@@ -179,10 +270,14 @@ int main(int argc, char **argv)
 		struct tdb_event events[400];
 		uint32_t count;
 
-		seed = (uint64_t)(argc > 1 ? atol(argv[1]) : 1) * 1000003u + (uint64_t)i + 88172645463325252ull;
+		/* Spread over all bits: xorshift takes long to part seeds that lie close together. */
+		seed = ((uint64_t)(argc > 1 ? atol(argv[1]) : 1) * 1000003u + (uint64_t)i + 1) * 0x9e3779b97f4a7c15ull;
 		count = below(400);
-		for (uint32_t k = 0; k < count; k++)
+		for (uint32_t k = 0; k < count; k++) {
 			make_event(&events[k]);
+			if (k && !below(3))
+				borrow(&events[k], &events[k - 1 - below(k < 20 ? k : 20)]);
+		}
 		run(events, count);
 	}
 	return 0;

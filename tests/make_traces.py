@@ -1,4 +1,4 @@
-"""Makes the traces in traces/ from the recorded data: `python tests/make_traces.py DATA [OUT]`.
+"""Makes the traces in traces/: `python tests/make_traces.py DATA [OUT]` from the recorded data, `... --cases [OUT]` from tests/cases.
 
 DATA is the folder with qemu/ and symbols/. traces/README.md says what each trace shows. Same data, same bytes.
 """
@@ -128,9 +128,42 @@ TRACES: dict[str, tuple[Maker, Callable[[Path], Symbols] | None]] = {
 }
 
 
+# The most instructive of the written cases, as traces to open.
+CASES = {
+    "case-fake-nmi": "01-fake-nmi-then-nmi",
+    "case-cve-2011-1898": "05a-msi-vector-17-shifted-return",
+    "case-mc-after-mcip-cleared": "08a-mc-after-mcip-cleared",
+    "case-cve-2015-5157": "11a-iret-fault-unblocks",
+    "case-nmi-prologue-mc": "14a-nmi-mc-iret-nmi",
+    "case-linux-nested-nmi": "14d-linux-nested-nmi-stores",
+    "case-smi-with-iret": "15a-smi-with-iret-in-nmi-handler",
+    "case-nmi-stuck": "21a-nmi-exit-enters-scheduler",
+    "case-xsa-7": "23a-sysret-non-canonical-user-rsp",
+    "case-xsa-260": "24a-mov-ss-syscall",
+    "case-cve-2018-8897": "24c-mov-ss-int3-shared-stack",
+    "case-vc-nmi-vc": "34-vc-nmi-vc",
+    "case-neighbour": "37a-neighbour-by-delivery",
+    "case-token-busy": "39a-token-left-busy-over-s3",
+    "case-fred-nmi-bit": "42b-fred-nmi-bit-forgotten",
+}
+
+
+def make_cases(out: Path) -> None:
+    for name, case in CASES.items():
+        source = Path(__file__).parent / "cases" / f"{case}.case"
+        with formats.open_input(str(source)) as trace, TraceWriter(out / f"{name}.tdbg", force=True) as writer:
+            copy(trace, writer)
+
+
 def main() -> None:
-    data = Path(sys.argv[1])
     out = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parent.parent / "traces"
+    if sys.argv[1] == "--cases":
+        make_cases(out)
+    else:
+        make_recorded(Path(sys.argv[1]), out)
+
+
+def make_recorded(data: Path, out: Path) -> None:
     flagship = out / "xen-nmi-mce-nmi.tdbg"
     with TraceWriter(flagship, force=True) as writer:
         xen_livelock(data, writer)

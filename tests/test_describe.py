@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from samples import (
@@ -21,8 +22,8 @@ from samples import (
     race,
 )
 
-from tracedbg.describe import ChainStep, Words, clean, hex_address, slot_of, slots_text
-from tracedbg.layout import Idt, Layout
+from tracedbg.describe import ChainStep, Words, clean, hex_address, saved_word, slot_of, slots_text
+from tracedbg.layout import CpuTables, Fred, Idt, Layout, Region
 from tracedbg.state import (
     Cause,
     CpuState,
@@ -33,6 +34,7 @@ from tracedbg.state import (
     Mismatch,
     Rule,
     Settle,
+    Shadow,
     ShutdownReason,
     Source,
     Stack,
@@ -107,6 +109,8 @@ def test_symbols_given_win_over_those_of_the_trace() -> None:
         (0x80, Source.SOFT_INT, 2, "int 0x80"),
         (0xEC, Source.EXTERNAL, None, "interrupt 0xec"),
         (0x11, Source.FIXED, None, "interrupt 0x11"),  # not an #AC, though it runs its handler
+        (1, Source.SYSCALL, 2, "SYSCALL"),
+        (2, Source.SYSCALL, 2, "SYSENTER"),  # vector 2 of FRED's own list: no fake NMI
         (2, Source.UNKNOWN, None, "NMI"),
         (0xEC, Source.UNKNOWN, None, "vector 0xec"),
     ],
@@ -144,85 +148,6 @@ def test_slot_of_a_word() -> None:
     assert slot_of(with_code, IST_NMI - 48) == "error-code"
 
 
-# -- events -------------------------------------------------------------------------------------------------------------
-
-
-def test_event_lines_of_the_race(words: Words) -> None:
-    lines = [words.event_line(words.trace.event(n)) for n in range(4)]
-    assert lines == [
-        "NMI  at default_idle+0xc6  rsp ffff8300bffd7e98  cpl 0",
-        "#MC  at do_nmi+2  rsp ffff8300bffd2f48  cpl 0",
-        "IRET to do_nmi+2  rsp ffff8300bffd2f48  cpl 0  frame ffff8300bffd1fd8",
-        "NMI  at do_nmi+2  rsp ffff8300bffd2f48  cpl 0",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("kind", "fields", "text"),
-    [
-        (Kind.DELIVER, {"arg": 14, "source": 1, "rip": 0x1000, "cs": 0x33, "code": 7, "value": 0x7000},
-         "#PF  at 0x1000  cpl 3  error code 0x7  cr2 0x7000"),
-        (Kind.DELIVER, {"arg": 3, "source": 4, "flags": 1}, "int 3 FAILED"),
-        (Kind.DELIVER, {"arg": 8, "source": 1, "flags": 64}, "#DF  (not in long mode)"),
-        (Kind.DELIVER, {"source": 2}, "delivery of an unknown vector"),
-        (Kind.RETURN, {"rsp": 0x2000, "flags": 2}, "IRET FAULTED  frame 0x2000"),
-        (Kind.RETURN, {}, "IRET to ?"),
-        (Kind.WRITE, {"addr": 0x10DFD8, "value": 0x100BAB, "arg": 8, "rip": 0x100C00},
-         "write 8 @ 0x10dfd8 = 0x100bab  at 0x100c00"),
-        (Kind.READ, {"addr": 0x10DFD8, "arg": 4}, "read 4 @ 0x10dfd8"),
-        (Kind.WRITE, {"addr": 0x10, "value": 0, "code": 64, "flags": 32}, "write 64 @ 0x10"),
-        (Kind.MOVE, {"addr": 0x10, "value": 0x20}, "frame copied  0x10 -> 0x20"),
-        (Kind.SETSP, {"value": 0x20}, "rsp  ? -> 0x20"),
-        (Kind.TSS, {"arg": 10, "value": 0x3000}, "TSS IST2 = 0x3000"),
-        (Kind.TSS, {"arg": 0, "value": 0x3000}, "TSS RSP0 = 0x3000"),
-        (Kind.GATE, {"arg": 2, "value": 0x4000, "code": 0x8E02}, "gate 0x02 = 0x4000  IST 2"),
-        (Kind.GATE, {"arg": 2, "value": 0x4000, "code": 0x0E00}, "gate 0x02 = 0x4000  IST 0  not present"),
-        (Kind.LTR, {"value": 0x5000}, "LTR  base 0x5000"),
-        (Kind.LIDT, {}, "LIDT  base ?"),
-        (Kind.RAISE, {"arg": 2, "source": 2}, "NMI requested"),
-        (Kind.MSR, {"code": 0x17A, "value": 4}, "MSR 0x17a = 0x4  (MCIP set)"),
-        (Kind.MSR, {"code": 0x17A, "value": 0}, "MSR 0x17a = 0x0  (MCIP clear)"),
-        (Kind.MSR, {"code": 0x10}, "MSR 0x10 = ?"),
-        (Kind.CR, {"arg": 4, "value": 0x40}, "CR4 = 0x40"),
-        (Kind.FLAGS, {"rflags": 0x202}, "RFLAGS = 0x202  IF=1"),
-        (Kind.FLAGS, {}, "RFLAGS = ?"),
-        (Kind.SHADOW, {"arg": 1}, "MOV SS shadow"),
-        (Kind.MODE, {"arg": 9}, "unknown mode"),
-        (Kind.INIT, {"arg": 0}, "RESET"),
-        (Kind.SHUTDOWN, {"arg": 1}, "shutdown: a machine check while MCIP was set"),
-        (Kind.SHUTDOWN, {"arg": 200}, "shutdown: the reason is not recorded"),
-        (Kind.GAP, {"value": 1234, "cpu": 0}, "gap: 1,234 records lost"),
-        (Kind.GAP, {}, "gap: records lost, how many is unknown on all CPUs"),
-        (Kind.MARK, {"value": 1 << 60, "code": 9, "flags": 32}, "mark: "),
-    ],
-)  # fmt: skip
-def test_event_lines(kind: Kind, fields: dict[str, int], text: str) -> None:
-    assert line(kind, **fields) == text
-
-
-@pytest.mark.parametrize("kind", list(Kind))
-def test_every_kind_has_a_line_with_nothing_known(kind: Kind) -> None:
-    assert line(kind, known=0)
-    assert line(kind, arg=255, flags=0xFF, value=(1 << 64) - 1, addr=(1 << 64) - 1, code=0xFFFFFFFF)
-
-
-def test_marks_cannot_act_on_a_terminal() -> None:
-    def fill(writer: TraceWriter) -> None:
-        data = b"look\x1b[2J\nhere"
-        writer.event(Kind.MARK, value=writer.payload(data), code=len(data), flags=32)
-
-    trace = build(fill)
-    assert Words(trace).event_line(trace.event(0)) == "mark: look?[2J?here"
-
-
-def test_an_event_of_unknown_kind_is_said_to_be_one() -> None:
-    trace = build(lambda writer: writer.append(bytes(60) + b"\xc8\0\0\0"))
-    words = Words(trace)
-    assert words.event_line(trace.event(0)) == "record of an unknown kind"
-    assert words.event_name(0) == "event 0"
-    assert words.event(1) is None
-
-
 # -- state --------------------------------------------------------------------------------------------------------------
 
 CPU = CpuState(
@@ -237,6 +162,66 @@ def test_cpu_line(words: Words) -> None:
     )
     blank = replace(CPU, rip=None, rsp=None, cs=None, rflags=None, nmi_blocked=None, mcip=None)
     assert words.cpu_line(blank) == "cpu 0: rip ?  rsp ?  cpl ?  IF=?  NMI blocking unknown  MCIP unknown"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"mce": True, "tpr": 0x10, "gif": False}, "CR4.MCE set  TPR 0x10  GIF=0"),
+        ({"mce": False, "tpr": 0, "gif": True}, "CR4.MCE clear  TPR 0x00  GIF=1"),
+        ({"kernel_gs": True}, "GS base the kernel's"),
+        ({"kernel_gs": False}, "GS base user mode's"),
+        ({"fred": True, "csl": 2}, "FRED level 2"),
+        ({"fred": True}, "FRED level ?"),
+        ({"csl": 0}, ""),  # says nothing without FRED
+        ({"tokens_known": 0b1110, "tokens_busy": 0b0100}, "shadow-stack tokens: IST1 free, IST2 busy, IST3 free"),
+        ({"tokens_busy": 0b0100}, ""),
+        ({"shadow": Shadow.STI}, "STI shadow"),
+        ({"shadow": Shadow.MOV_SS, "smm": True}, "MOV SS shadow  in SMM"),
+        ({"guest": True}, "a guest runs"),
+        ({"ring_gap": 2}, "RSP is user mode's since the RETURN at event 2"),
+    ],
+)
+def test_what_few_traces_tell_of_a_cpu_is_said_where_it_is_known(words: Words, change: dict[str, Any], text: str) -> None:
+    assert words.cpu_line(replace(CPU, **change)) == words.cpu_line(CPU) + (f"  {text}" if text else "")
+
+
+def test_a_frame_over_the_kernel_says_whose_gs_base_it_has(words: Words) -> None:
+    assert "  GS base user mode's  live" in words.frame_line(replace(WRITER, kernel_gs=False))
+    assert "GS base" not in words.frame_line(replace(WRITER, kernel_gs=True))
+    user = replace(WRITER, kernel_gs=False, saved=replace(INNER, cs=0x33))  # what its handler expects
+    assert "GS base" not in words.frame_line(user)
+
+
+FRED_FRAME = frame(3, 2, Source.NMI, 0x8000, INNER, lo=0x8000 - 64, fred=True, has_code=True, level=2, from_level=0)
+
+
+def test_the_words_of_a_fred_frame() -> None:
+    names = [slot_of(FRED_FRAME, 0x8000 - 8 * n) for n in range(10)]
+    assert names == ["", "zero", "event-data", "ss+info", "rsp", "rflags", "cs", "rip", "error-code", ""]
+    assert saved_word(FRED_FRAME, 0x8000 - 8) == (0, (1 << 64) - 1)
+    assert saved_word(FRED_FRAME, 0x8000 - 16) is None  # the event data is not in a Frame
+    # SS word: SS in bits 0-15, the vector in bits 32-39; CS word: CS, and the level that was interrupted in bits 16-23.
+    assert saved_word(replace(FRED_FRAME, saved=OUTER), 0x8000 - 24) == (0x2_0000_E010, 0xFF_0000_FFFF)
+    assert saved_word(replace(FRED_FRAME, from_level=1, level=2), 0x8000 - 48) == (0x1_E008, 0xFF_FFFF)
+    assert saved_word(FRED_FRAME, 0x8000 - 56) == (DO_NMI, (1 << 64) - 1)
+    assert saved_word(FRED_FRAME, 0x8000 - 64) is None  # not known here
+
+
+def test_the_stacks_of_fred_are_named_by_level(words: Words) -> None:
+    assert words.frame_stack(FRED_FRAME) == "FRED level 2"
+    same = replace(FRED_FRAME, level=2, from_level=2)
+    assert words.frame_stack(same) == "the current stack"
+    assert words.frame_stack(replace(same, level=0, from_level=0, saved=replace(INNER, cs=0x33))) == "FRED level 0"
+
+    def fill(writer: TraceWriter) -> None:
+        fred = Fred(True, (0x4000, 0x6000, 0x8000, None))
+        writer.layout = Layout(cpus=(CpuTables(fred=fred),), regions=(Region(0x7000, 0x8000),))
+
+    two = Words(build(fill, cpus=1))
+    assert two.stack_line(Stack(0x7000, 0x8000, 0, 0, True, 0)) == "FRED level 2 [0x7000, 0x8000), 0 open frames"
+    assert two.stack_line(Stack(0x9000, 0xA000, 0, 0, True, 0)).startswith("stack [")
+    assert two.stack_title(Stack(0x7000, 0x8000, 5, 0, True, 0)) == "stack"
 
 
 def test_frame_line(words: Words) -> None:
@@ -463,6 +448,8 @@ def test_shutdown_gap_and_mismatch() -> None:
     assert findings_of(Kind.GAP, Rule.TRACE_GAP, {"value": 12, "cpu": 0}) == (
         "cpu 0, event 0: 12 records of this CPU are missing; what was open before is unknown after."
     )
+    every = findings_of(Kind.GAP, Rule.TRACE_GAP, {"value": 12}, cpu=0xFFFF)
+    assert every.startswith("all CPUs, event 0: 12 records of all CPUs are missing")
     both = int(Mismatch.ENTER_RSP | Mismatch.ENTER_CS)
     text = findings_of(Kind.ENTER, Rule.MODEL_MISMATCH, {}, detail=both)
     assert "another RSP than the TSS gives; " in text and "another CS than the gate gives." in text
@@ -550,6 +537,8 @@ def test_no_place_names_what_the_layout_lacks() -> None:
     assert "neither TSS nor IDT is known" in first(Layout())
     assert "no IDT is known, and only the IDT says" in first(Layout(tss=LAYOUT.tss, idts=(Idt(0x6000, {}),)))
     assert "no TSS is known, and only the TSS says" in first(Layout(idts=LAYOUT.idts))
+    assert first(Layout(cpus=(CpuTables(fred=Fred(config=0x1000)),))) == ""  # FRED needs no table
+    assert "neither TSS" in first(Layout(cpus=(CpuTables(fred=Fred(on=False, config=0x1000)),)))
 
 
 def test_the_table_of_bytes_fits_a_narrow_pane(words: Words) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tracedbg import wire
 from tracedbg.errors import FormatError
-from tracedbg.layout import REGION_STACK, CpuTables, Gate, Idt, Layout, Region, Tss, from_toml, to_toml
+from tracedbg.layout import REGION_STACK, CpuTables, Fred, Gate, Idt, Layout, Region, Tss, from_toml, to_toml
 from tracedbg.writer import build
 
 TABLES = '[[tss]]\nbase = "0x5000"\nist2 = "0x9000"\n[[idt]]\nbase = "0x6000"\ngate.2 = {ist = 2}\n'
@@ -49,8 +49,13 @@ def refused(text: str) -> str:
         'user = [["0x0", "0x' + "f" * 5000 + '"]]',
         "[names]\nist1 = 5",
         "[[cpu]]\n" * (wire.MAX_CPUS + 1),
+        "[[stack]]\nlo = 0\nhi = 16\nassumed = 1",
+        "[[cpu]]\nfred = 5",
+        "[[cpu]]\nfred = {rsp0 = -1}",
+        "[[cpu]]\nfred = {stklvls = inf}",
+        "[[cpu]]\nfred = {config = [[]]}",
     ],
-    ids=range(20),
+    ids=range(25),
 )
 def test_nonsense_is_one_line(text: str) -> None:
     refused(text)
@@ -71,6 +76,9 @@ def test_nonsense_is_one_line(text: str) -> None:
         ('[[cpu]]\n[[cpu]]\nidt = "0x5000"\n' + TABLES, "cpu 1: idt 0x5000 names no [[idt]] of this file"),
         ("[[idt]]\nbase = 0\ngate.2 = {}\ngate.0x2 = {}", "gate 2 is there twice"),
         ("[[cpu]]\n" * (wire.MAX_CPUS + 1), "x.toml: layout: absurd number of CPUs in the layout (4097, at most 4096)"),
+        ("[[cpu]]\nfred = {rsp4 = 0}", "fred: unknown key 'rsp4'"),
+        ("[[cpu]]\nfred = {on = 1}", "fred: on 1 is not true or false"),
+        ('[[stack]]\nlo = 0\nhi = 16\nassumed = "yes"', "stack: assumed 'yes' is not true or false"),
         ("[[stack]]\nlo = 0", "stack: 'hi' is missing"),
         ("[[tss]]\nist1 = 0", "tss: 'base' is missing"),
     ],
@@ -85,13 +93,36 @@ def test_what_the_manual_shows_is_read() -> None:
     assert from_toml(to_toml(layout), "x.toml").cpus == layout.cpus
 
 
+def test_fred_and_assumed_bounds_are_read_and_written() -> None:
+    text = """
+[[cpu]]
+fred = {rsp1 = "0x9000", rsp3 = 0, stklvls = "0x40", config = "0xffffffff81000080"}
+[[cpu]]
+[[cpu]]
+fred = {on = false, rsp0 = 64}
+[[stack]]
+lo = 0
+hi = 16
+assumed = true
+[[stack]]
+lo = 16
+hi = 32
+"""
+    layout = from_toml(text, "x.toml")
+    assert [tables.fred for tables in layout.cpus] == [
+        Fred(True, (None, 0x9000, None, 0), 0x40, 0xFFFFFFFF81000080), None, Fred(False, (64, None, None, None)),
+    ]  # fmt: skip
+    assert layout.regions == (Region(0, 16, assumed=True), Region(16, 32))
+    assert from_toml(to_toml(layout), "x.toml") == layout
+
+
 # -- the LAYOUT section ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("declared", "packed"),
     [(wire.TSS, wire.TSS_PACK), (wire.CPU_LAYOUT, wire.CPU_PACK), (wire.REGION, wire.REGION_PACK), (wire.GATE, wire.GATE_PACK),
-     (wire.MEMORY_RANGE, wire.RANGE_PACK), (wire.EVENT, wire.EVENT_PACK)],
+     (wire.FRED, wire.FRED_PACK), (wire.MEMORY_RANGE, wire.RANGE_PACK), (wire.EVENT, wire.EVENT_PACK)],
 )  # fmt: skip
 def test_bulk_formats_are_the_declarations(declared: c.Struct, packed: struct.Struct) -> None:
     assert packed.size == declared.sizeof()
@@ -105,8 +136,8 @@ def test_bulk_formats_are_the_declarations(declared: c.Struct, packed: struct.St
 FULL = Layout(
     tss=(Tss(1, (2, None, 0), (None, 3, 4, None, 5, 6, 7, (1 << 64) - 1)), Tss(0)),
     idts=(Idt(8, {0: Gate(9, 10, 7, 15, 3, False), 255: Gate((1 << 64) - 1)}), Idt(3, {})),
-    cpus=(CpuTables(0, 1), CpuTables(None, None), CpuTables(1, None)),
-    regions=(Region(0, (1 << 64) - 1, 3, 0xFFFF, 8), Region(5, 6)),
+    cpus=(CpuTables(0, 1, Fred(True, (1, None, 3, (1 << 64) - 1), 64)), CpuTables(None, None), CpuTables(1, None)),
+    regions=(Region(0, (1 << 64) - 1, 3, 0xFFFF, 8), Region(5, 6, assumed=True)),
 )
 
 
@@ -116,7 +147,14 @@ def test_a_section_comes_back_and_is_as_declared() -> None:
     at = wire.LAYOUT_HEAD.sizeof()
     tss = wire.TSS.parse(raw[at:])
     assert (tss.base, list(tss.rsp), tss.ist[7], tss.known) == (1, [2, 0, 0], (1 << 64) - 1, 0b11110110_00000101)
-    idt = wire.IDT.parse(raw[-2 * wire.IDT.sizeof() :])
+    regions = raw[at + 2 * wire.TSS.sizeof() + 3 * wire.CPU_LAYOUT.sizeof() :]
+    assert [wire.REGION.parse(regions[n * wire.REGION.sizeof() :]).assumed for n in (0, 1)] == [0, 1]
+    freds = raw[-3 * wire.FRED.sizeof() :]  # one for each CPU, behind the IDTs
+    fred = wire.FRED.parse(freds)
+    assert (list(fred.rsp), fred.stklvls, fred.config) == ([1, 0, 3, (1 << 64) - 1], 64, 0)
+    assert (fred.known, fred.on) == (0b01_1101, 1)
+    assert not any(freds[wire.FRED.sizeof() :])
+    idt = wire.IDT.parse(raw[-2 * wire.IDT.sizeof() - len(freds) :])
     assert idt.base == 8
     gate = idt.gate[0]
     assert (gate.offset, gate.selector, gate.ist, gate.type, gate.dpl, gate.flags) == (9, 10, 7, 15, 3, 1)
@@ -137,6 +175,15 @@ def test_absurd_counts_are_refused_with_their_place(counts: dict[str, int], offs
     with pytest.raises(FormatError, match="absurd number of") as caught:
         Layout.from_bytes(section(**counts), "x", 0x100)
     assert caught.value.offset == 0x100 + offset
+
+
+@pytest.mark.parametrize("count", [1, 3, (1 << 32) - 1])
+def test_fred_records_are_one_for_each_cpu_or_none(count: int) -> None:
+    data = bytearray(section(cpus=2, tss=1, idts=1))
+    data[20:24] = struct.pack("<I", count)
+    with pytest.raises(FormatError, match=f"{count} FRED records for 2 CPUs") as caught:
+        Layout.from_bytes(bytes(data), "x", 0x100)
+    assert caught.value.offset == 0x114
 
 
 def test_what_a_reader_refuses_is_not_written() -> None:

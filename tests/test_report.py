@@ -13,7 +13,7 @@ from tracedbg.describe import Words
 from tracedbg.layout import CpuTables, Gate, Idt, Layout, Tss
 from tracedbg.replay import Replay
 from tracedbg.report import Result, json_report, state_text, text, unknown_reasons, verdict
-from tracedbg.state import Cause, Evidence, Finding, Kind, Rule, Source
+from tracedbg.state import Cause, Evidence, Finding, Kind, Rule, Settle, Source
 from tracedbg.trace import Trace
 from tracedbg.writer import TraceWriter, build
 
@@ -63,6 +63,49 @@ def test_equal_findings_are_folded() -> None:
     assert shown.endswith("verdict: 13 errors")
 
 
+def test_equal_findings_of_several_cpus_are_one_entry() -> None:
+    value = result(*(replace(CLOBBER, number=n, event=3, cpu=n % 2) for n in range(3)))
+    assert "3 times on 2 CPUs, first at event 3 (#571); again at 3 (#571), 3 (#571)" in " ".join(" ".join(lines(value)).split())
+
+
+def test_findings_that_a_baseline_accepts() -> None:
+    """Shown after the new ones, marked, and no part of the numbers of the verdict."""
+    fake = replace(FAKE, number=1)
+    value = result(CLOBBER, fake, known=frozenset({0}))
+    said = [line for line in lines(value) if line.startswith(("error", "warning", "known"))]
+    assert [line.split(",")[0] for line in said] == ["warning: fake-nmi", "known error: frame-clobbered"]
+    assert lines(value)[-1] == "verdict: 1 warning, 1 known"
+    assert not value.reaches("error") and value.reaches("warning")
+    assert lines(result(CLOBBER, known=frozenset({0})))[-1] == "verdict: clean (1 known)"
+    assert lines(result(CLOBBER, fake, known=frozenset({0, 1})))[-1] == "verdict: clean (2 known)"
+    reasons = ("records are missing (1 gap)",)
+    said_unknown = verdict(result(CLOBBER, known=frozenset({0}), unknown=reasons))
+    assert said_unknown == "unknown: records are missing (1 gap) (1 known)"
+    verbose = lines(value, verbose=True)
+    assert "known error: frame-clobbered, cpu 0, event 3 (#571)" in verbose
+    assert "warning: fake-nmi, cpu 0, event 0 (#569)" in verbose
+    # A known finding and a new one with one signature (the new one is worse) are two entries.
+    assert len(text.fold(result(CLOBBER, replace(CLOBBER, number=1), known=frozenset({0})))) == 2
+
+
+def test_a_limit_keeps_the_worst() -> None:
+    notes = [replace(SAME, number=n, event=n) for n in range(4)]
+    value = result(*notes, replace(FAKE, number=4), replace(CLOBBER, number=5), limit=2)
+    assert [f.number for f in value.shown] == [4, 5] and value.omitted == 4
+    assert [f["rule"] for f in json_report.trace_report(value)["findings"]] == ["fake-nmi", "frame-clobbered"]
+    assert json_report.trace_report(value)["omitted"] == 4 and json_report.trace_report(value)["counts"]["note"] == 4
+    said = lines(value)  # as text the four notes are one entry, the third
+    assert said[-3:] == ["4 more findings are not shown", "", "verdict: 1 error, 1 warning, 4 notes"]
+    assert not any(line.startswith("note") for line in said)
+    assert not any(line.endswith("not shown") for line in lines(replace(value, limit=3)))
+    known = replace(value, known=frozenset({5}), limit=1)
+    assert [f.number for f in known.shown] == [4]  # what is new comes first
+    assert [line for line in lines(replace(value, limit=0)) if ":" in line] == [
+        "race.tdbg: 7 events, 1 CPU, from hand", "verdict: 1 error, 1 warning, 4 notes",
+    ]  # fmt: skip
+    assert [f.number for f in replace(value, limit=0).shown] == []
+
+
 def test_findings_of_different_words_are_not_folded() -> None:
     inferred = replace(CLOBBER, evidence=Evidence.INFERRED)
     assert len(text.fold(result(CLOBBER, LOOP, inferred, FAKE))) == 4
@@ -101,6 +144,9 @@ def test_reasons_for_unknown() -> None:
     assert unknown_reasons(trace, Layout(), lost) == ("no layout: 3 deliveries cannot be placed on a stack",)
     assert unknown_reasons(trace, trace.layout, lost) == ()  # 16 early deliveries of a boot are no gap
     assert unknown_reasons(trace, Layout(), STATS) == ()  # nothing to place
+    # An error may be among those that there was no room for.
+    assert unknown_reasons(trace, trace.layout, STATS, 1) == ("1 finding is more than the replay keeps",)
+    assert unknown_reasons(trace, trace.layout, STATS, 2000) == ("2,000 findings are more than the replay keeps",)
 
 
 def test_names_and_meta_cannot_act_on_a_terminal() -> None:
@@ -155,6 +201,26 @@ def test_json_fields_of_the_promise() -> None:
     assert finding["message"].startswith("cpu 0, event 3 (#571): NMI overwrote")
     assert finding["refs"] == ["SDM Vol. 3A 6.14.5", "SDM Vol. 3A 6.7.1"]
     assert trace["counts"]["error"] == 1
+    assert finding["signature"] == "resume-loop stack=ist2 victim=0x02/nmi@default_idle writer=0x02/nmi@do_nmi"
+    assert finding["known"] is False and trace["counts"]["known"] == 0
+
+
+def test_json_keeps_equal_findings_apart_and_marks_known_ones() -> None:
+    value = result(CLOBBER, replace(CLOBBER, number=1, event=5), FAKE, known=frozenset({0, 1}))
+    report = json_report.trace_report(replace(value, findings=(CLOBBER, replace(CLOBBER, number=1), replace(FAKE, number=2))))
+    assert [f["known"] for f in report["findings"]] == [True, True, False]
+    assert report["findings"][0]["signature"] == report["findings"][1]["signature"]
+    assert report["counts"]["known"] == 2 and report["counts"]["error"] == 2 and report["verdict"] == "1 warning, 2 known"
+
+
+def test_json_of_a_finding_that_is_raised_at_its_return() -> None:
+    """The return is known from the event on at which the finding was raised, though nothing settles it later."""
+    loop = replace(LOOP, raised_rule=Rule.RESUME_LOOP, event=5, settled=None)
+    finding = json_report.finding_report(result(loop, position=6), loop)
+    assert finding["consumer"]["event"] == 5 and finding["settled"] is None
+    dropped = replace(CLOBBER, settled=5, settled_by=Settle.DROPPED)
+    assert json_report.finding_report(result(dropped, position=6), dropped)["settled"] == 5
+    assert json_report.finding_report(result(dropped, position=5), dropped)["settled"] is None
 
 
 def test_json_at_a_position_knows_no_later_events() -> None:

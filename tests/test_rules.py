@@ -10,7 +10,7 @@ import pytest
 from samples import CLOBBER, LOOP
 
 from tracedbg import rules
-from tracedbg.state import Cause, Evidence, Rule, Settle, ShutdownReason
+from tracedbg.state import Cause, Evidence, Mismatch, Rule, Settle, ShutdownReason
 
 
 def test_every_rule_is_in_the_catalogue_once() -> None:
@@ -24,17 +24,23 @@ def test_entries_are_whole(info: rules.Info) -> None:
     assert info.severity in rules.SEVERITIES
     assert info.title and info.why.endswith(".") and not info.title.endswith(".")
     assert info.fixes
-    assert all(re.fullmatch(r"SDM Vol\. \d[ABCD]? \d+(\.\d+)*(, interrupt \d+)?", ref) for ref in info.refs)
+    section = r"SDM Vol\. \d[ABCD]? \d+(\.\d+)*(, interrupt \d+)?|SDM Vol\. 2A, INT n"
+    assert all(re.fullmatch(section, ref) for ref in info.refs)
     assert info.refs or info.rule is Rule.TRACE_GAP
 
 
 def test_severities_are_those_of_the_design() -> None:
-    errors = {i.id for i in rules.CATALOGUE if i.severity == "error"}
-    notes = {i.id for i in rules.CATALOGUE if i.severity == "note"}
-    assert errors == {
-        "frame-consumed-corrupt", "resume-loop", "frame-clobbered", "user-stack", "double-fault", "shutdown",
+    def of(severity: str) -> set[str]:
+        return {i.id for i in rules.CATALOGUE if i.severity == severity}
+
+    assert of("error") == {
+        "frame-consumed-corrupt", "resume-loop", "frame-clobbered", "user-stack", "error-code-mismatch", "stack-overflow",
+        "neighbour-overwrite", "double-fault", "triple-fault", "shutdown", "token-busy",
     }  # fmt: skip
-    assert notes == {"frame-relocated", "frame-same-bytes", "trace-gap"}
+    assert of("warning") == {
+        "reentry-window", "fake-nmi", "fake-mce", "nmi-stuck", "nmi-lost", "illegal-vector", "model-mismatch", "unmatched-return",
+    }
+    assert of("note") == {"frame-relocated", "frame-same-bytes", "held-vector", "trace-gap"}
 
 
 @pytest.mark.parametrize(
@@ -43,7 +49,8 @@ def test_severities_are_those_of_the_design() -> None:
 )
 def test_an_error_that_is_only_inferred_is_a_warning(evidence: Evidence, severity: str) -> None:
     assert rules.severity(Rule.FRAME_CLOBBERED, evidence) == severity
-    assert rules.severity(Rule.USER_STACK, evidence) == severity
+    for rule in (Rule.USER_STACK, Rule.ERROR_CODE_MISMATCH, Rule.NEIGHBOUR_OVERWRITE):
+        assert rules.severity(rule, evidence) == severity
     assert rules.severity(Rule.FRAME_RELOCATED, evidence) == "note"
     assert rules.severity(Rule.FAKE_NMI, evidence) == "warning"
 
@@ -68,6 +75,29 @@ def test_refs_name_the_section_of_the_cause() -> None:
     assert rules.finding_refs(replace(CLOBBER, cause=Cause.OTHER_CPU)) == ("SDM Vol. 3A 6.14.5",)
     mcip = replace(CLOBBER, rule=Rule.SHUTDOWN, raised_rule=Rule.SHUTDOWN, detail=ShutdownReason.MCIP)
     assert rules.finding_refs(mcip) == ("SDM Vol. 3B 15.3.1.2",)
+    gap = replace(CLOBBER, rule=Rule.USER_STACK, raised_rule=Rule.USER_STACK, cause=Cause.RING_GAP)
+    assert rules.finding_refs(gap) == ("SDM Vol. 3A 5.8.8", "SDM Vol. 3A 6.14.2", "SDM Vol. 3A 6.14.5")
+    assert rules.finding_refs(replace(gap, cause=Cause.MOV_SS))[-1] == "SDM Vol. 3A 6.8.3"
+    window = replace(CLOBBER, rule=Rule.REENTRY_WINDOW, raised_rule=Rule.REENTRY_WINDOW)
+    assert rules.finding_refs(window) == ("SDM Vol. 3A 6.14.5", "SDM Vol. 3A 6.7.1")
+
+
+@pytest.mark.parametrize("bit", list(Mismatch))
+def test_every_mismatch_has_its_section(bit: Mismatch) -> None:
+    def refs(detail: int) -> tuple[str, ...]:
+        value = replace(CLOBBER, rule=Rule.MODEL_MISMATCH, raised_rule=Rule.MODEL_MISMATCH, cause=Cause.NONE, detail=detail)
+        return rules.finding_refs(value)
+
+    assert len(refs(bit)) == 1
+    assert set(refs(bit)) <= set(refs(bit | Mismatch.IF_CLEAR)) and "SDM Vol. 3A 6.8.1" in refs(bit | Mismatch.IF_CLEAR)
+    assert refs(Mismatch.MC_SHUTDOWN) == ("SDM Vol. 3B 15.3.1.2",)
+    assert refs(Mismatch.ENTER_RIP | Mismatch.ENTER_CS) == ("SDM Vol. 3A 6.12.1",)
+
+
+def test_which_errors_can_be_warnings() -> None:
+    assert {info.id for info in rules.CATALOGUE if rules.can_be_inferred(info.rule)} == {
+        "frame-clobbered", "user-stack", "error-code-mismatch", "neighbour-overwrite",
+    }  # fmt: skip
 
 
 def test_severities_are_ordered() -> None:
@@ -78,4 +108,5 @@ def test_severities_are_ordered() -> None:
 def test_the_help_page_lists_every_rule_with_its_severity(root: Path) -> None:
     page = (root / "tracedbg" / "help" / "findings.md").read_text(encoding="utf-8")
     for info in rules.CATALOGUE:
-        assert f"| `{info.id}` | {info.severity} |" in page
+        assert page.count(f"| `{info.id}` | {info.severity} |") == 1
+        assert page.count(f"\n## `{info.id}`\n") == 1

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from make_traces import CASES, make_cases
 
 from tracedbg import rules
 from tracedbg.replay import Replay
@@ -17,15 +18,17 @@ from tracedbg.trace import Trace
 ROOT = Path(__file__).parent.parent
 TRACES = ROOT / "traces"
 
+WINDOW = ("reentry-window", "warning", None, 1)  # raised at an IRET, which the log does not number
+
 # name -> findings in the order raised: (rule, severity, source's number of the event that raised it, count)
 EXPECTED: dict[str, list[tuple[str, str, int | None, int]]] = {
-    "xen-nmi-mce-nmi": [("frame-consumed-corrupt", "error", 571, 1), ("resume-loop", "error", None, 1972)],
+    "xen-nmi-mce-nmi": [WINDOW, ("frame-consumed-corrupt", "error", 571, 1), ("resume-loop", "error", None, 1972)],
     "xen-nmi-mce-nmi-log": [("frame-clobbered", "error", 571, 1)],
     "linux-nested-nmi": [("frame-relocated", "note", 3033, 1)],
     "fake-nmi-pic": [("fake-nmi", "warning", 0, 1), ("frame-relocated", "note", 1, 1)],
     "fake-mce-lapic": [("fake-mce", "warning", 0, 1), ("frame-clobbered", "warning", 1, 1)],
-    "nmi-int3-nmi-consumed": [("frame-consumed-corrupt", "error", 2, 1), ("resume-loop", "error", None, 4)],
-    "nmi-int3-nmi": [("frame-relocated", "note", 2, 1)],
+    "nmi-int3-nmi-consumed": [WINDOW, ("frame-consumed-corrupt", "error", 2, 1), ("resume-loop", "error", None, 4)],
+    "nmi-int3-nmi": [WINDOW, ("frame-relocated", "note", 2, 1)],
     "nmi-int3-nmi-log": [("frame-clobbered", "warning", 2, 1)],
     "nmi-latched": [],
     "syscall-gap-no-ist": [("user-stack", "error", 0, 1)],
@@ -54,14 +57,30 @@ def test_the_readme_lists_every_trace_and_its_findings() -> None:
         if line.startswith("| `"):
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             rows[cells[0].strip("`")] = set(re.findall(r"`([a-z-]+)`", cells[3]))
-    assert rows == {name: {rule for rule, *_ in found} for name, found in EXPECTED.items()}
-    assert {path.stem for path in TRACES.glob("*.tdbg")} == set(EXPECTED)
+    recorded = {name: {rule for rule, *_ in found} for name, found in EXPECTED.items()}
+    assert rows == recorded | {name: said(name) for name in CASES}
+    assert {path.stem for path in TRACES.glob("*.tdbg")} == set(EXPECTED) | set(CASES)
+
+
+def said(name: str) -> set[str]:
+    """The ids of a trace's findings; what they must be stands in the case that it is made from (test_cases.py)."""
+    with Trace.open(TRACES / f"{name}.tdbg") as trace, Replay(trace) as replay:
+        replay.scan_all()
+        return {rules.rule_id(rules.finding_rule(finding)) for finding in replay.findings()}
+
+
+def test_the_cases_give_the_same_bytes(tmp_path: Path) -> None:
+    make_cases(tmp_path)
+    assert len(CASES) == 15
+    for name in CASES:
+        assert (tmp_path / f"{name}.tdbg").read_bytes() == (TRACES / f"{name}.tdbg").read_bytes(), name
 
 
 def test_the_flagship_names_the_place_by_itself() -> None:
     with Trace.open(TRACES / "xen-nmi-mce-nmi.tdbg") as trace, Replay(trace) as replay:
         replay.scan_all()
-        consumed, loop = replay.findings()
+        window, consumed, loop = replay.findings()
+        assert window.victim == consumed.victim and window.event < consumed.event
         assert consumed.victim is not None and consumed.writer is not None and consumed.popped is not None
         # do_nmi+2 and the frame as the debugger read them on the machine.
         assert (consumed.lo, consumed.hi) == (0xFFFF8300BFFD2FD8, 0xFFFF8300BFFD3000)

@@ -23,8 +23,9 @@ from tracedbg import rules
 from tracedbg.formats import ReaderOptions, open_input, open_inputs, qemu_monitor
 from tracedbg.layout import Idt, Layout, from_toml
 from tracedbg.replay import Replay
-from tracedbg.state import Cause, Event, Kind, Rule, Settle, Source, Stats
+from tracedbg.state import Cause, Event, Finding, Kind, Rule, Settle, Source, Stats
 from tracedbg.trace import Trace
+from tracedbg.writer import TraceWriter, build
 
 DATA = ROOT / "tests" / "data" / "qemu"
 TRACES = ROOT / "traces"
@@ -384,6 +385,11 @@ def repaired(victim: int, writer: int, frame: tuple[int, int]) -> Verdict:
     return Verdict("frame-relocated", "note", "frame-clobbered", "computed", victim, writer, *frame)
 
 
+def window(victim: int, frame: tuple[int, int]) -> Verdict:
+    """With returns: the place where the next NMI would overwrite a live frame, before it comes."""
+    return Verdict("reentry-window", "warning", "reentry-window", "computed", victim, None, *frame)
+
+
 def fake(rule: str) -> Verdict:
     return Verdict(rule, "warning", rule, "recorded", None, 0, 0, 0)
 
@@ -405,10 +411,11 @@ VERDICTS: dict[str, list[Verdict]] = {
     "istlab/g": [clobber(0, 2, NMI_FRAME)],
     "istlab/smp2_tid": [],
     "istlab/x_df": [error("double-fault", "recorded", 2)],
-    "istlab-plugin/a": [repaired(0, 2, NMI_FRAME)],
+    "istlab-plugin/a": [window(0, NMI_FRAME), repaired(0, 2, NMI_FRAME)],
     "istlab-plugin/b_pic": [fake("fake-nmi"), repaired(0, 1, NMI_FRAME)],
     "istlab-plugin/e_int1": [repaired(0, 1, DB_FRAME)],
     "istlab-plugin/g": [
+        window(0, NMI_FRAME),
         Verdict("frame-consumed-corrupt", "error", "frame-clobbered", "computed", 0, 2, *NMI_FRAME),
         Verdict("resume-loop", "error", "resume-loop", "recorded", 0, 2, *NMI_FRAME),
     ],
@@ -470,6 +477,23 @@ def test_the_overwrite_has_its_known_cause(name: str, cause: Cause, by: int | No
     assert (found.cause, frame) == (cause, by)
 
 
+def check_window(trace: Trace, found: Finding, iret: Event, of: int) -> None:
+    """The window is that of NMIs, opened by this IRET, of the frame of the log's delivery `of`, and stays a warning."""
+    assert (found.cause, found.event, found.cause_event) == (Cause.NMI_UNBLOCKED, iret.index, iret.index)
+    assert found.cause_frame is not None and trace.event(found.cause_frame).source_index == of
+    assert (found.count, found.settled) == (1, None)
+
+
+@pytest.mark.parametrize("name", ["istlab-plugin/a", "istlab-plugin/g"])
+def test_the_window_is_seen_at_the_iret_of_the_int3_before_the_nmi_comes(name: str) -> None:
+    with open_scenario(name) as trace:
+        iret = next(truth.events(trace, Kind.RETURN))
+        second = [e for e in truth.events(trace, Kind.DELIVER) if e.source is Source.NMI][1]
+        (found,) = (f for f in truth.findings(trace) if f.rule is Rule.REENTRY_WINDOW)
+        check_window(trace, found, iret, 1)
+        assert found.event < second.index
+
+
 def test_without_the_user_range_nothing_is_said_of_the_syscall_gap() -> None:
     with open_scenario("istlab/f_noist_ipi") as trace:
         assert truth.findings(trace) == ()
@@ -479,7 +503,8 @@ def test_consumption_in_the_plugin_run_is_the_sixth_return_of_three_deliveries()
     # Returns: of the int3, of the nested NMI, and four times through the frame that it left.
     with open_scenario("istlab-plugin/g") as trace:
         returns = list(truth.events(trace, Kind.RETURN))
-        consumed, loop = truth.findings(trace)
+        window, consumed, loop = truth.findings(trace)
+    assert window.event == returns[0].index
     assert [e.rsp for e in returns[1:]] == [0x10DFD8] * 5
     assert len(returns) == 6
     assert len({(e.addr, e.value, e.cs, e.ss, e.rflags) for e in returns[1:]}) == 1
@@ -588,11 +613,13 @@ def test_with_the_returns_that_a_debugger_saw_the_xen_race_is_a_livelock() -> No
         returns = list(truth.events(trace, Kind.RETURN))
         words = [(e.rsp, truth.comparable(e.addr, e.cs, e.rflags, e.value, e.ss)) for e in returns]
         assert words == [(s.rsp, s.words) for s in exits]
-        consumed, loop = truth.findings(trace)
-        assert [truth.verdict(f, trace) for f in (consumed, loop)] == [
+        opened, consumed, loop = truth.findings(trace)
+        assert [truth.verdict(f, trace) for f in (opened, consumed, loop)] == [
+            window(569, XEN_FRAME),
             Verdict("frame-consumed-corrupt", "error", "frame-clobbered", "computed", 569, 571, *XEN_FRAME),
             Verdict("resume-loop", "error", "resume-loop", "recorded", 569, 571, *XEN_FRAME),
         ]
+        check_window(trace, opened, returns[0], 570)  # the machine check's IRET
         # One of the returns is that of the NMI that wrote the frame; all others take its words once more.
         assert loop.count == len(on_stack) - 1
         assert consumed.consumer == loop.event == next(e.index for e in returns if e.rsp == XEN_FRAME[0]) + 1
@@ -609,7 +636,10 @@ def open_excerpt() -> Trace:
 
 
 def check_nest_plugin(trace: Trace) -> None:
-    """A frame overwritten and repaired by the kernel's protocol; nothing else, whatever the other IRETs pop."""
+    """A frame overwritten and repaired by the kernel's protocol; nothing else, whatever the other IRETs pop.
+
+    There is no window either: when the first int3's IRET unblocks NMIs, the kernel's copies of the frame stand below it.
+    """
     (found,) = truth.findings(trace)
     assert truth.verdict(found, trace) == repaired(3030, 3033, LINUX_FRAME)
     assert rules.finding_evidence(found).name == "RECORDED"
@@ -628,6 +658,23 @@ def check_nest_plugin(trace: Trace) -> None:
 def test_the_nmi_protocol_of_linux_is_a_note() -> None:
     with open_excerpt() as trace:
         check_nest_plugin(trace)
+
+
+def test_without_its_stores_the_copy_of_linux_is_not_seen_and_the_window_is_open() -> None:
+    with open_excerpt() as trace:
+        records = [bytes(trace.events[64 * n : 64 * n + 64]) for n in range(trace.count)]
+        kept = [n for n in range(trace.count) if trace.event(n).kind is not Kind.WRITE]
+        (closed,) = truth.findings(trace)
+
+        def fill(writer: TraceWriter) -> None:
+            writer.layout = trace.layout
+            writer.append(b"".join(records[n] for n in kept))
+
+        with build(fill, cpus=trace.cpus) as bare:
+            opened = truth.findings(bare)[0]
+            assert truth.verdict(opened, bare) == window(3030, LINUX_FRAME)
+            assert opened.cause is Cause.NMI_UNBLOCKED
+            assert kept[opened.event] == closed.cause_event
 
 
 # -- large recordings ---------------------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ class Layout:
     @property
     def is_empty(self) -> bool:
         """Nothing is known of any TSS or IDT: no frame can be placed."""
-        return not self.tss or not any(idt.gates for idt in self.idts)
+        return (not self.tss or not any(idt.gates for idt in self.idts)) and not any(c.fred for c in self.cpus)
 
     def with_stacks(self) -> Layout:
         """Add a stack region for each IST top and RSP0 that no region holds yet.
@@ -422,18 +422,21 @@ def _fred_of(table: Any) -> Fred:
     return Fred(on, rsp, *(_u64(table[key]) if key in table else None for key in ("stklvls", "config")))
 
 
+_GATE_TYPES = {"interrupt": x86.GATE_INTERRUPT, "trap": x86.GATE_TRAP}
+
+
 def _gate_of(table: Any, vector: int) -> Gate:
     _check_keys(table, f"gate {vector}: ", ("handler", "selector", "ist", "type", "dpl", "present"))
     kind, present = table.get("type", "interrupt"), table.get("present", True)
-    if kind not in ("interrupt", "trap"):
-        raise ValueError(f"gate {vector}: type {_shown(kind)} is not 'interrupt' or 'trap'")
+    if kind not in _GATE_TYPES and not (isinstance(kind, int) and not isinstance(kind, bool) and 0 <= kind <= 15):
+        raise ValueError(f"gate {vector}: type {_shown(kind)} is not 'interrupt', 'trap' or 0-15")
     if not isinstance(present, bool):
         raise ValueError(f"gate {vector}: present {_shown(present)} is not true or false")
     return Gate(
         offset=_u64(table.get("handler", 0)),
         selector=_small(table.get("selector", 8), 0xFFFF),
         ist=_small(table.get("ist", 0), 7),
-        type=x86.GATE_TRAP if kind == "trap" else x86.GATE_INTERRUPT,
+        type=_GATE_TYPES.get(kind, kind),
         dpl=_small(table.get("dpl", 0), 3),
         present=present,
     )
@@ -494,11 +497,11 @@ def to_toml(layout: Layout) -> str:
     for idt in layout.idts:
         lines += ["\n[[idt]]", f'base = "{idt.base:#x}"']
         for vector, gate in sorted(idt.gates.items()):
-            kind = "trap" if gate.type == x86.GATE_TRAP else "interrupt"
+            kind = next((f'"{name}"' for name, number in _GATE_TYPES.items() if number == gate.type), str(gate.type))
             extra = "" if gate.present else ", present = false"
             lines.append(
                 f'gate.{vector} = {{ handler = "{gate.offset:#x}", selector = {gate.selector:#x}, '
-                f'ist = {gate.ist}, dpl = {gate.dpl}, type = "{kind}"{extra} }}'
+                f'ist = {gate.ist}, dpl = {gate.dpl}, type = {kind}{extra} }}'
             )
     return "\n".join(lines).lstrip("\n") + "\n"
 

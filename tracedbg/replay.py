@@ -257,6 +257,7 @@ class Replay:
         self._check(lib.tdb_get_stats(self._handle, s))
         values: dict[str, Any] = {f.name: getattr(s, f.name) for f in fields(Stats)}
         values["settled"], values["ist_deliveries"] = tuple(s.settled), tuple(s.ist_deliveries)
+        values["first_bad"] = int(s.first_bad) if s.bad_events else None
         return Stats(**values)
 
     def _all(self, kind: str, call: Callable[[Any, Any, int], int], value: Callable[[Any], T]) -> tuple[T, ...]:

@@ -405,6 +405,7 @@ class Stats:
     frames: int
     interval: int
     bytes: int
+    first_bad: int | None = None  # index of the first of the bad events
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,45 @@ GATE_TRAP = 0xF
 # Slots of a frame from its lowest address up, as bit numbers in a finding's slot masks.
 SLOT_NAMES = ("rip", "cs", "rflags", "rsp", "ss", "error-code")
 
+# Words of a frame from its top down, as indices into SLOT_NAMES. FRED stores two more above SS: zero, and the event data
+# (Intel FRED specification, 346446).
+IDT_WORDS: tuple[int, ...] = (4, 3, 2, 1, 0, 5)
+FRED_WORDS: tuple[int | None, ...] = (None, None, *IDT_WORDS)
+FRED_ABOVE = ("zero", "event-data")
+
+# The popped SS word of a FRED return, from bit 16 up: bit 2 (18 of the word) unblocks NMIs.
+FRED_NMI = 1 << 2
+
+# MSRs that decide about delivery, masking and ring changes: SDM Vol. 4 table 2-2, FRED specification.
+MSR_MCG_STATUS = 0x17A
+MSR_TPR = 0x808
+MSR_LSTAR = 0xC0000082
+MSR_SYSENTER_EIP = 0x176
+MSR_NAMES: dict[int, str] = {
+    0x174: "SYSENTER_CS",
+    0x175: "SYSENTER_ESP",
+    MSR_SYSENTER_EIP: "SYSENTER_EIP",
+    MSR_MCG_STATUS: "MCG_STATUS",
+    0x1CC: "FRED_RSP0",
+    0x1CD: "FRED_RSP1",
+    0x1CE: "FRED_RSP2",
+    0x1CF: "FRED_RSP3",
+    0x1D0: "FRED_STKLVLS",
+    0x1D4: "FRED_CONFIG",
+    0x6A8: "INTERRUPT_SSP_TABLE",
+    MSR_TPR: "X2APIC_TPR",
+    0xC0000080: "EFER",
+    0xC0000081: "STAR",
+    MSR_LSTAR: "LSTAR",
+    0xC0000084: "FMASK",
+    0xC0000100: "FS_BASE",
+    0xC0000101: "GS_BASE",
+    0xC0000102: "KERNEL_GS_BASE",
+}
+MCIP = 1 << 2  # of MCG_STATUS: SDM Vol. 3B 15.3.1.2
+CR4_MCE = 1 << 6
+CR4_FRED = 1 << 32
+
 
 def vector_name(vector: int) -> str:
     """`NMI`, `#PF`, ... or `vector 0xec`."""

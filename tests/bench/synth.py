@@ -12,6 +12,8 @@ from tracedbg.writer import TraceWriter
 FULL = Known.RIP | Known.RSP | Known.RFLAGS | Known.CPU | Known.CS | Known.SS | Known.ARG | Known.SOURCE
 RET = Known.RIP | Known.RSP | Known.ADDR | Known.VALUE | Known.RFLAGS | Known.CPU | Known.CS | Known.SS
 STORE = Known.ADDR | Known.VALUE | Known.CPU | Known.ARG | Known.RIP
+MSR = Known.CODE | Known.VALUE | Known.CPU
+MCG_STATUS = 0x17A  # bit 2: MCIP
 
 
 def storm_layout(cpus: int) -> Layout:
@@ -26,12 +28,15 @@ def storm_layout(cpus: int) -> Layout:
 
 
 def pack(kind: Kind, known: int, *, cpu: int, rip: int = 0, rsp: int = 0, addr: int = 0, value: int = 0, rflags: int = 0,
-         cs: int = 0, ss: int = 0, arg: int = 0, source: int = 0) -> bytes:  # fmt: skip
-    return wire.EVENT_PACK.pack(0, rip, rsp, addr, value, rflags, 0, 0, cpu, cs, ss, known, kind, arg, source, 0)
+         cs: int = 0, ss: int = 0, arg: int = 0, source: int = 0, code: int = 0) -> bytes:  # fmt: skip
+    return wire.EVENT_PACK.pack(0, rip, rsp, addr, value, rflags, code, 0, cpu, cs, ss, known, kind, arg, source, 0)
 
 
 def storm(cpus: int) -> bytes:
-    """One round of properly nested NMIs, #MCs, #DBs, page faults and interrupts on every CPU."""
+    """One round of properly nested NMIs, #MCs, #DBs, page faults and interrupts on every CPU.
+
+    Nothing returns by IRET inside the NMI handler (R12), and MCIP is cleared when the #MC's frame is gone (R24): no window.
+    """
     out = []
     for cpu in range(cpus):
         base = 0xFFFFFE0000000000 + cpu * 0x40000
@@ -41,8 +46,8 @@ def storm(cpus: int) -> bytes:
             (0xEC, Source.FIXED, None),
             (14, Source.EXCEPTION, None),
             (1, Source.EXCEPTION, base + 0x8000),
-            (2, Source.NMI, base + 0xC000),
             (18, Source.MC, base + 0x10000),
+            (2, Source.NMI, base + 0xC000),
         ]
         rsp, rip, stack = thread, 0xFFFFFFFF82000000, []
         for vector, source, top in nest:
@@ -52,12 +57,14 @@ def storm(cpus: int) -> bytes:
             size = 48 if vector == 14 else 40
             lo = ((top or rsp) & ~15) - size
             rf = 0x10000 if vector == 14 else 0
-            stack.append((lo + size - 40, rip, rsp, flags | rf))
+            stack.append((vector, lo + size - 40, rip, rsp, flags | rf))
             for n in range(3):
                 out.append(pack(Kind.WRITE, STORE, cpu=cpu, addr=lo - 8 - 8 * n, value=vector << 32 | n, arg=8))
             rsp, rip = lo - 0x60, 0xFFFFFFFF82000000 + vector * 0x100
-        for frame, back, sp, flags in reversed(stack):
+        for vector, frame, back, sp, flags in reversed(stack):
             out.append(pack(Kind.RETURN, RET, rip=0xFFFFFFFF82FF0000, rsp=frame, addr=back, value=sp, rflags=flags, **kernel))
+            if vector == 18:
+                out.append(pack(Kind.MSR, MSR, cpu=cpu, code=MCG_STATUS))
         out.append(pack(Kind.SYSRET, Known.CPU, cpu=cpu))
         process = {"cpu": cpu, "cs": 0x33, "ss": 0x2B, "rflags": 0x202}
         out.append(pack(Kind.DELIVER, FULL, rip=0x401000, rsp=user, arg=0xEC, source=Source.FIXED, **process))

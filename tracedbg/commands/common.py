@@ -130,15 +130,18 @@ def merge_layouts(base: Layout, more: Layout) -> Layout:
     idt_at = {i.base: n for n, i in enumerate(idts)}
     cpus = []
     for number in range(max(len(base.cpus), len(more.cpus))):
-        loaded_tss = loaded_idt = None
+        loaded_tss = loaded_idt = fred = None
         for layout in (base, more):
             tables = layout.cpus[number] if number < len(layout.cpus) else CpuTables()
             if tables.tss is not None:
                 loaded_tss = tss_at[layout.tss[tables.tss].base]
             if tables.idt is not None:
                 loaded_idt = idt_at[layout.idts[tables.idt].base]
-        cpus.append(CpuTables(loaded_tss, loaded_idt))
-    regions = (*base.regions, *(r for r in more.regions if r not in held))
+            fred = tables.fred or fred
+        cpus.append(CpuTables(loaded_tss, loaded_idt, fred))
+    told = {r.hi for r in more.regions if not r.assumed}
+    kept = (r for r in base.regions if not (r.assumed and r.hi in told))  # bounds that are known now
+    regions = (*kept, *(r for r in more.regions if r not in held))
     names = {**base.names, **more.names}
     return replace(base, tss=tss, idts=idts, cpus=tuple(cpus), regions=regions, names=names)
 

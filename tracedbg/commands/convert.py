@@ -1,8 +1,9 @@
-"""`tracedbg convert`: foreign traces into one native file with layout and symbols."""
+"""`tracedbg convert`: traces into one native file with layout and symbols, or into a case file."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import shutil
 import struct
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
     from tracedbg.writer import TraceWriter
 
 NAME = "convert"
-HELP = "write a native trace (.tdbg) that holds events, layout and symbols"
+HELP = "write a native trace (.tdbg) that holds events, layout and symbols, or the same as text (.case)"
 EPILOG = """\
 examples:
   tracedbg convert --symbols xen-syms.map qemu.log crash.tdbg
   tracedbg convert --monitor mon.txt qemu.log.gz crash.tdbg
   tracedbg convert x.1 x.2 x.3 run.tdbg               one log a thread (-d int,tid -D x.%d)
   tracedbg convert --symbols System.map old.tdbg new.tdbg
+  tracedbg convert crash.tdbg crash.case              as text, to read, edit and send (`tracedbg help case`)
 """
 
 CHUNK = 1 << 16  # events copied at a time
@@ -35,36 +37,69 @@ CHUNK = 1 << 16  # events copied at a time
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("inputs", nargs="+", metavar="IN", help="inputs; several are the thread files of one run; - is stdin")
-    parser.add_argument("output", metavar="OUT", help="native trace to write; - is stdout")
+    parser.add_argument("output", metavar="OUT", help="native trace to write, or a case file (*.case); - is stdout")
+    parser.add_argument(
+        "--to", dest="to_format", metavar="FMT", help="output format: tracedbg or case (default: by the suffix of OUT)"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     common.input_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read the inputs, write the native trace."""
-    from tracedbg.writer import TraceWriter
+    """Read the inputs, write the trace."""
+    from tracedbg import formats
 
     common.read_once(args.inputs)
+    form = formats.output_format(args.output, args.to_format)
     common.check_output(args.output, args.force)
-    if args.output in common.STDOUT and sys.stdout.isatty():
+    if form == formats.NATIVE and args.output in common.STDOUT and sys.stdout.isatty():
         raise UsageError("a native trace is binary: give a file, or send stdout elsewhere")
     inputs = common.Inputs(args)
     with inputs.open(args.inputs) as trace:
-        if args.output in common.STDOUT:
-            with tempfile.TemporaryFile() as file:
-                writer = TraceWriter(cast(BinaryIO, file), cpus=trace.cpus, clock_hz=trace.clock_hz)
-                _copy(trace, writer, inputs.symbols)
-                writer.close()
-                file.seek(0)
-                shutil.copyfileobj(file, sys.stdout.buffer)
-                sys.stdout.buffer.flush()
+        if form == formats.CASE:
+            _write_case(trace, args.output, args.force, inputs.symbols)
         else:
-            with TraceWriter(args.output, cpus=trace.cpus, clock_hz=trace.clock_hz, force=args.force) as writer:
-                _copy(trace, writer, inputs.symbols)
+            _write_native(trace, args.output, args.force, inputs.symbols)
         count, cpus = trace.count, trace.cpus
     if sys.stderr.isatty():
         common.message(f"{clean_path(args.output)}: {count:,} events of {cpus} CPU{'' if cpus == 1 else 's'}")
     return common.CLEAN
+
+
+def _write_native(trace: Trace, output: str, force: bool, symbols: Symbols | None) -> None:
+    from tracedbg.writer import TraceWriter
+
+    if output in common.STDOUT:
+        with tempfile.TemporaryFile() as file:
+            writer = TraceWriter(cast(BinaryIO, file), cpus=trace.cpus, clock_hz=trace.clock_hz)
+            _copy(trace, writer, symbols)
+            writer.close()
+            file.seek(0)
+            shutil.copyfileobj(file, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+    else:
+        with TraceWriter(output, cpus=trace.cpus, clock_hz=trace.clock_hz, force=force) as writer:
+            _copy(trace, writer, symbols)
+
+
+def _write_case(trace: Trace, output: str, force: bool, symbols: Symbols | None) -> None:
+    from tracedbg.formats import case_write
+
+    names = _symbols(trace, symbols)
+    if output in common.STDOUT:
+        out = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", newline="\n")  # the format's, whatever the locale's is
+        try:
+            case_write.write(trace, out, symbols=names)
+        finally:
+            out.detach()
+    else:
+        with common.text_output(output, force) as file:
+            case_write.write(trace, file, symbols=names)
+
+
+def _symbols(trace: Trace, symbols: Symbols | None) -> bytes:
+    """The names that go into the output: those that the trace has, or of a map the ones that it needs."""
+    return trace.symbols if symbols is None else symbols.subset(code_addresses(trace)).to_bytes()
 
 
 def _copy(trace: Trace, writer: TraceWriter, symbols: Symbols | None) -> None:
@@ -72,7 +107,7 @@ def _copy(trace: Trace, writer: TraceWriter, symbols: Symbols | None) -> None:
     writer.meta = dict(trace.meta)
     writer.meta.pop("stack_names", None)  # the writer takes them from the layout
     writer.memory = list(trace.memory)
-    writer.symbols = trace.symbols if symbols is None else symbols.subset(code_addresses(trace)).to_bytes()
+    writer.symbols = _symbols(trace, symbols)
     if len(trace.payload):
         writer.payload(bytes(trace.payload))
     progress = common.Progress("convert")

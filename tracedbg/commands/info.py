@@ -135,11 +135,24 @@ def _meta(trace: Trace) -> Iterator[str]:
     for key, value in sorted(trace.meta.items()):
         if key in ("layout", "stack_names"):
             continue
+        if key == "case":
+            yield from _case(value)
+            continue
         if isinstance(value, dict) and any(isinstance(item, str) for item in value.values()):
             yield f"{clean(key, 40)}:"
             yield from (f"  {clean(str(name), 40)}: {_plain(item)}" for name, item in sorted(value.items()))
         else:
             yield f"{clean(key, 40)}: {_plain(value)}"
+
+
+def _case(story: object) -> Iterator[str]:
+    """Of a case file its header; the prose and what it expects are long."""
+    if not isinstance(story, dict):
+        return
+    yield "case:"
+    for key in ("title", "source", "sources", "rules", "near_miss", "near-miss"):
+        if story.get(key):
+            yield f"  {key}: {_plain(story[key])}"
 
 
 def _plain(value: object, level: int = 1) -> str:

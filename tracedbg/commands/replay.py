@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tracedbg.commands import common
-from tracedbg.errors import TracedbgError
+from tracedbg.errors import TracedbgError, UsageError
 
 if TYPE_CHECKING:
+    from tracedbg.baseline import Baseline, Collector
     from tracedbg.describe import Words
     from tracedbg.replay import Replay
     from tracedbg.report import Result
@@ -23,9 +26,10 @@ examples:
   tracedbg replay --monitor mon.txt --symbols xen-syms.map qemu.log
   tracedbg replay --format json -o verdict.json *.tdbg
   tracedbg replay --at '#571' --stacks trace.tdbg     the stacks as memory after the source's event 571
+  tracedbg replay --baseline known.json *.tdbg        only what is not in known.json counts
 
 exit codes: 0 nothing that --fail-on speaks of, 1 errors (or what --fail-on says), 2 wrong usage or unreadable,
-3 unknown because of a gap or a missing layout
+3 unknown because of a gap or a missing layout. `tracedbg help ci` tells more.
 """
 
 MAX_CPUS_HINTED = 4
@@ -37,16 +41,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("traces", nargs="+", metavar="TRACE", help="native trace or foreign log; - is standard input")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="form of the report (default: text)")
     parser.add_argument("--at", metavar="N", help="show the state after event N (or `start`, `end`) and what is known by then")
-    parser.add_argument("--stacks", action="store_true", help="show the stacks as memory (default position: the first finding)")
+    parser.add_argument("--stacks", action="store_true", help="show the stacks as memory (without --at: at the worst finding)")
     parser.add_argument("-v", "--verbose", action="store_true", help="details of every finding, known fixes, counters")
     parser.add_argument(
         "--fail-on", choices=("error", "warning", "note"), default="error", help="exit 1 from this severity on (default: error)"
     )
     parser.add_argument("--exit-zero", action="store_true", help="exit 0 whatever is found")
-    parser.add_argument("--max-findings", metavar="N", type=_count, help="report at most N findings a trace")
+    parser.add_argument(
+        "--max-findings", metavar="N", type=_count, help="print at most N findings a trace, the worst ones (equal ones are one)"
+    )
+    parser.add_argument("--baseline", metavar="FILE", help="findings in FILE are known: shown, but not counted for the exit code")
+    parser.add_argument("--write-baseline", metavar="FILE", help="write the present findings to FILE, as a baseline")
     common.threads_argument(parser)
     parser.add_argument("-o", dest="output", metavar="FILE", help="write the report to FILE")
-    parser.add_argument("--force", action="store_true", help="overwrite FILE")
+    parser.add_argument("--force", action="store_true", help="overwrite the output files")
     common.input_arguments(parser)
 
 
@@ -56,18 +64,29 @@ def _count(text: str) -> int:
     return int(text)
 
 
+@dataclass(slots=True)
+class _Job:
+    """What all traces of one run share."""
+
+    args: argparse.Namespace
+    inputs: common.Inputs
+    known: Baseline | None  # the baseline to compare with
+    present: Collector | None  # the one to write
+    reports: list[dict[str, Any]] = field(default_factory=list)  # for JSON
+
+
 def run(args: argparse.Namespace) -> int:
     """Replay each trace; the worst verdict is the exit code."""
     recordings = common.recordings(args)
-    inputs = common.Inputs(args)
+    known, present = _baselines(args)
+    job = _Job(args, common.Inputs(args), known, present)
     if args.output is not None:
         common.check_output(args.output, args.force)
-    reports: list[dict[str, Any]] = []
     codes: list[int] = []
     with common.text_output(args.output, args.force) as out:
         for number, paths in enumerate(recordings):
             try:
-                code = _one(paths, number, inputs, args, out, reports)
+                code = _one(job, paths, number, out)
             except TracedbgError as error:
                 if len(recordings) == 1:
                     raise
@@ -77,14 +96,21 @@ def run(args: argparse.Namespace) -> int:
                 if args.format == "json":
                     from tracedbg.report import json_report
 
-                    reports.append(json_report.failed(paths[0], str(error)))
+                    job.reports.append(json_report.failed(paths[0], str(error)))
             codes.append(code)
         if args.format == "json":
             from tracedbg.report import json_report
 
-            out.write(json_report.dumps(json_report.document(reports)))
+            out.write(json_report.dumps(json_report.document(job.reports)))
     if common.USAGE in codes:
+        if present is not None:
+            common.message(f"{args.write_baseline}: not written, as a trace could not be read")
         return common.USAGE
+    if known is not None and (gone := known.missing()) is not None:
+        common.message(gone)
+    if present is not None:
+        with common.text_output(args.write_baseline, args.force) as file:
+            present.write(file)
     if args.exit_zero:
         return common.CLEAN
     for code in (common.FINDINGS, common.UNKNOWN):
@@ -93,29 +119,48 @@ def run(args: argparse.Namespace) -> int:
     return common.CLEAN
 
 
-def _one(
-    paths: list[str], number: int, inputs: common.Inputs, args: argparse.Namespace, out: TextIO, reports: list[dict[str, Any]]
-) -> int:
+def _baselines(args: argparse.Namespace) -> tuple[Baseline | None, Collector | None]:
+    """The baseline to compare with, read, and the one to write, empty; None where it is not asked for."""
+    target = args.write_baseline
+    if target is not None:
+        if target in common.STDOUT and (args.output is None or args.output in common.STDOUT):
+            raise UsageError("--write-baseline and the report cannot both go to standard output")
+        if args.output is not None and os.path.realpath(target) == os.path.realpath(args.output):
+            raise UsageError("--write-baseline and -o name the same file")
+        common.check_output(target, args.force)
+    if args.baseline is None and target is None:
+        return None, None
+    from tracedbg import baseline
+
+    common.read_once([*args.traces, *([args.baseline] if args.baseline is not None else [])])
+    known = None if args.baseline is None else baseline.load(args.baseline)
+    return known, None if target is None else baseline.Collector()
+
+
+def _one(job: _Job, paths: list[str], number: int, out: TextIO) -> int:
+    """The verdict on one recording, to `out` or to the job's reports; its exit code."""
     from tracedbg.describe import Words
     from tracedbg.replay import Replay
 
-    path = paths[0]
-    with inputs.open(paths) as trace:
-        words = Words(trace, inputs.symbols)
+    path, args = paths[0], job.args
+    with job.inputs.open(paths) as trace:
+        words = Words(trace, job.inputs.symbols)
         with Replay(trace) as replay:
             common.scan(replay, path)
             position = None if args.at is None else common.position_of(args.at, trace)
-            final = _result(path, trace, words, replay, None, args.max_findings)
-            shown = final if position is None else _result(path, trace, words, replay, position, args.max_findings)
+            final = _result(path, trace, words, replay, args.max_findings, job.known)
+            shown = final if position is None else _known_by(position, final, replay)
             if args.format == "json":
                 from tracedbg.report import json_report
 
-                reports.append(json_report.trace_report(shown, args.fail_on))
+                job.reports.append(json_report.trace_report(shown, args.fail_on))
             else:
                 if number:
                     out.write("\n")
                 for line in _text(shown, final, replay, words, args):
                     out.write(line + "\n")
+        if job.present is not None:
+            job.present.add(final.findings, words)
         if final.stats.unjudged and trace.layout.is_empty:
             _hint(trace)
     if final.reaches(args.fail_on):
@@ -123,17 +168,23 @@ def _one(
     return common.UNKNOWN if final.unknown else common.CLEAN
 
 
-def _result(path: str, trace: Trace, words: Words, replay: Replay, position: int | None, limit: int | None) -> Result:
+def _result(
+    path: str, trace: Trace, words: Words, replay: Replay, limit: int | None, baseline: Baseline | None
+) -> Result:
+    """What is known at the end of the trace."""
     from tracedbg.report import Result, unknown_reasons
 
-    findings = replay.findings()
-    if position is not None:
-        replay.seek(position)
-        findings = findings[: replay.raised()]
-    stats = replay.stats()
-    lost = max(stats.findings - len(findings), 0) if position is None else 0
-    unknown = unknown_reasons(trace, replay.layout, stats)
-    return Result(path, trace, words, findings, stats, position, limit, lost, unknown)
+    findings, stats = replay.findings(), replay.stats()
+    lost = max(stats.findings - len(findings), 0)
+    unknown = unknown_reasons(trace, replay.layout, stats, lost)
+    known = frozenset(f.number for f in findings if baseline.known(f, words)) if baseline is not None else frozenset[int]()
+    return Result(path, trace, words, findings, stats, None, limit, lost, unknown, known)
+
+
+def _known_by(position: int, final: Result, replay: Replay) -> Result:
+    """What of it is known at a position."""
+    replay.seek(position)
+    return replace(final, findings=final.findings[: replay.raised()], stats=replay.stats(), position=position, lost=0)
 
 
 def _text(shown: Result, final: Result, replay: Replay, words: Words, args: argparse.Namespace) -> Iterator[str]:
@@ -143,14 +194,12 @@ def _text(shown: Result, final: Result, replay: Replay, words: Words, args: argp
         yield from text.render(shown, verbose=args.verbose, fail_on=args.fail_on)
         return
     if shown.position is None:
-        first = min((f.event for f in final.findings), default=replay.count - 1)
-        replay.seek(first + 1)
+        worst = min(final.findings, key=final.order, default=None)
+        replay.seek(replay.count if worst is None else worst.event + 1)
         yield from text.render(shown, verbose=args.verbose, fail_on=args.fail_on)
         yield ""
     else:
-        yield text.headline(shown)
-        for group in text.fold(shown):
-            yield from text.finding_lines(shown, group)
+        yield from text.render_short(shown)
         replay.seek(shown.position)
     yield from state_text.render(replay, words, stacks=args.stacks)
 

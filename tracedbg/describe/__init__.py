@@ -5,11 +5,13 @@ from __future__ import annotations
 from tracedbg.describe.brief import BriefWords
 from tracedbg.describe.chain import ChainStep
 from tracedbg.describe.events import SHUTDOWN_WORDS
-from tracedbg.describe.findings import OVERWRITES, SETTLE_WORDS
-from tracedbg.describe.names import UNKNOWN, hex_address, slot_of, slots_text
-from tracedbg.describe.paragraph import EVIDENCE_WORDS, BytesRow
+from tracedbg.describe.findings import SETTLE_WORDS
+from tracedbg.describe.names import UNKNOWN, hex_address, saved_word, slot_of, slots_text, word_name
+from tracedbg.describe.overwrite import OVERWRITES
+from tracedbg.describe.paragraph import EVIDENCE_WORDS
 from tracedbg.describe.scan import ScanWords
 from tracedbg.describe.state import STATUS_WORDS, StateWords, WordRow
+from tracedbg.describe.values import BytesRow
 from tracedbg.text import clean, wrap
 
 __all__ = [
@@ -25,8 +27,10 @@ __all__ = [
     "Words",
     "clean",
     "hex_address",
+    "saved_word",
     "slot_of",
     "slots_text",
+    "word_name",
     "wrap",
 ]
 

@@ -42,7 +42,7 @@ class BriefWords(ParagraphWords):
         return f"{self._brief(frame.vector, frame.source) or self.frame_kind(frame)}@{frame.entry}"
 
     def _brief(self, vector: int, source: Source) -> str:
-        if source not in (Source.NMI, Source.MC, Source.EXCEPTION, Source.UNKNOWN):
+        if source not in (Source.NMI, Source.MC, Source.EXCEPTION, Source.UNKNOWN, Source.SYSCALL):
             if vector in (x86.NMI, x86.MACHINE_CHECK):
                 return "fake NMI" if vector == x86.NMI else "fake #MC"
             if source is not Source.SOFT_INT:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from tracedbg import rules, x86
+from tracedbg import rules
 from tracedbg.describe.chain import ChainWords
-from tracedbg.describe.names import UNKNOWN, slot_number
-from tracedbg.state import Evidence, Finding, Rule
+from tracedbg.describe.names import UNKNOWN
+from tracedbg.describe.overwrite import OVERWRITES
+from tracedbg.describe.values import BytesRow
+from tracedbg.state import Cause, Evidence, Finding, Rule
 from tracedbg.text import WIDTH, wrap
 
 EVIDENCE_WORDS = {
@@ -18,41 +18,11 @@ EVIDENCE_WORDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class BytesRow:
-    """A slot of an overwritten frame: what its own delivery stored and what is there now. None: unknown."""
-
-    addr: int
-    slot: str
-    own: int | None
-    now: int | None
-    overwritten: bool
-    differs: bool
-
-
 TABLE_WIDTH = 74  # the widest line of the table of bytes
 
 
 class ParagraphWords(ChainWords):
     """Says all about a finding."""
-
-    def bytes_rows(self, finding: Finding) -> tuple[BytesRow, ...]:
-        """The slots of the victim by ascending address: what it stored, and what the writer left there."""
-        victim, writer = finding.victim, finding.writer
-        if victim is None:
-            return ()
-        own = victim.saved.slots()
-        new = writer.saved.slots() if writer is not None else (None,) * 6
-        rows = []
-        for addr in range(victim.lo, victim.hi, 8):
-            number = slot_number(victim, addr)
-            if number is None:
-                continue
-            hit = bool(finding.slots >> number & 1)
-            other = slot_number(writer, addr) if writer is not None and hit else None
-            now = new[other] if other is not None else (None if hit else own[number])
-            rows.append(BytesRow(addr, x86.SLOT_NAMES[number], own[number], now, hit, bool(finding.differ >> number & 1)))
-        return tuple(rows)
 
     def evidence_text(self, finding: Finding, at: int | None = None) -> str:
         """How it is known, in words."""
@@ -60,33 +30,65 @@ class ParagraphWords(ChainWords):
         rule = rules.finding_rule(finding, at)
         word = EVIDENCE_WORDS[evidence]
         if rule in (Rule.FRAME_CONSUMED_CORRUPT, Rule.RESUME_LOOP):
-            return f"{word}: the trace has the IRET and the words that it popped"
+            return f"{word}: the trace has the {self.return_name(finding.consumer)} and the words that it popped"
         if rule is Rule.FRAME_CLOBBERED or (rule is Rule.FRAME_SAME_BYTES):
             if evidence is Evidence.INFERRED:
                 return f"{word}: the trace has no returns, and nothing else shows whether the frame was still in use"
             if evidence is Evidence.COMPUTED:
-                return f"{word}: by the gate, the TSS and the interrupted RSPs the frame was still to be resumed"
+                fred = finding.writer is not None and finding.writer.fred
+                by = "FRED's stack levels" if fred else "the gate, the TSS"
+                return f"{word}: by {by} and the interrupted RSPs the frame was still to be resumed"
         if rule is Rule.FRAME_RELOCATED:
             if evidence is Evidence.INFERRED:
                 return f"{word}: the interrupted code was seen running again; the copy itself was not"
             return f"{word}: the trace has the copy or the return"
-        if rule is Rule.USER_STACK:
-            if evidence is Evidence.COMPUTED:
-                return f"{word}: the frame lies in memory that the layout calls user memory"
-            return f"{word}: RSP was close to the one last seen at CPL 3; a `user` range in the layout would settle it"
-        return word
+        reason = self._evidence_reason(finding, rule, evidence)
+        return f"{word}: {reason}" if reason else word
+
+    def _evidence_reason(self, finding: Finding, rule: Rule, evidence: Evidence) -> str:
+        """What a finding that overwrites no frame of its own stack rests on."""
+        recorded, computed = evidence is Evidence.RECORDED, evidence is Evidence.COMPUTED
+        match rule:
+            case Rule.USER_STACK if finding.cause in (Cause.RING_GAP, Cause.MOV_SS):
+                return "RSP is the one that user mode had; nothing in the trace loaded another"
+            case Rule.USER_STACK if computed:
+                return "the frame lies in memory that the layout calls user memory"
+            case Rule.USER_STACK:
+                return "RSP was close to the one last seen at CPL 3; a `user` range in the layout would settle it"
+            case Rule.NEIGHBOUR_OVERWRITE | Rule.STACK_OVERFLOW:
+                if recorded:
+                    return "the trace has the push, the layout the bounds of the stack"
+                return "by RSP and the bounds of the stack in the layout" if computed else "RSP at this store is not recorded"
+            case Rule.ERROR_CODE_MISMATCH:
+                return "the trace has the return" if recorded else "what the handler does with the missing word is not recorded"
+            case Rule.TOKEN_BUSY:
+                return "the trace has the token" if recorded else "the token was busy; why the delivery failed is not recorded"
+            case Rule.REENTRY_WINDOW:
+                return "by the gate, the TSS and what masks events here, whether one came or not"
+            case Rule.NMI_STUCK:
+                if recorded:
+                    return "the trace has the return and the SS word that it popped"
+                return "the trace has every return, and none of them unblocked NMIs"
+            case Rule.NMI_LOST:
+                return "the trace has the requests"
+            case Rule.HELD_VECTOR:
+                return "the trace has the request and the task priority"
+            case Rule.UNMATCHED_RETURN:
+                return "the trace has every return, and who wrote the words that this one popped"
+            case _:
+                return ""
 
     def finding_text(self, finding: Finding, at: int | None = None, *, fixes: bool = True, width: int = WIDTH) -> list[str]:
         """A paragraph block for a mail."""
         rule = rules.finding_rule(finding, at)
         level = rules.finding_severity(finding, at)
-        head = f"{level}: {rules.rule_id(rule)}, cpu {finding.cpu}, {self.event_name(finding.event)}"
+        head = f"{level}: {rules.rule_id(rule)}, {self.finding_place(finding)}"
         why = self.cause(finding)
         said = _capital(f"{self.statement(finding, at)}{': ' + why if why else ''}.")
         outcome = self.outcome(finding, at)
         lines = [head, *wrap(f"{said} {outcome}" if outcome else said, "  ", width)]
         rows = self.bytes_rows(finding)
-        if rows and finding.slots:
+        if rows and finding.slots and rule in OVERWRITES:
             lines += self._bytes_lines(finding, rows, width)
         chain = self.finding_chain(finding, at)
         if len(chain) > 1:
@@ -107,7 +109,7 @@ class ParagraphWords(ChainWords):
     def _bytes_lines(self, finding: Finding, rows: tuple[BytesRow, ...], width: int) -> list[str]:
         if width < TABLE_WIDTH:
             return self._bytes_narrow(rows)
-        by = f"now, by event {finding.writer.entry}" if finding.writer is not None else "now"
+        by = f"now, by event {finding.writer.entry if finding.writer is not None else finding.event}"
         own = f"event {finding.victim.entry}'s own" if finding.victim is not None else "own"
         lines = ["", f"    {'address':<16}  {'slot':<10}  {own:<18}  {by}"]
         for row in rows:

@@ -25,7 +25,8 @@ class ScanWords(Names):
         """Why frames cannot be placed on a stack, and what would help; empty if the layout has what it takes."""
         layout = self.trace.layout
         tss, idt = bool(layout.tss), any(table.gates for table in layout.idts)
-        if tss and idt:
+        fred = any(cpu.fred is not None and cpu.fred.on and cpu.fred.config is not None for cpu in layout.cpus)
+        if fred or (tss and idt):  # FRED needs neither table
             return []
         lacks = "no IDT is" if tss else "no TSS is" if idt else "neither TSS nor IDT is"
         tells = {

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from tracedbg import x86
 from tracedbg.describe.names import UNKNOWN, Names, hex_address, slot_of
-from tracedbg.state import CpuState, Frame, FrameStatus, Kind, Known, Stack, Word
+from tracedbg.state import CpuState, Frame, FrameStatus, Kind, Known, Shadow, Stack, Word
 
+SHADOW_WORDS = {Shadow.STI: "STI shadow", Shadow.MOV_SS: "MOV SS shadow"}
 STATUS_WORDS = {FrameStatus.LIVE: "live", FrameStatus.CLOBBERED: "overwritten", FrameStatus.MOVED: "moved"}
 
 
@@ -34,7 +35,35 @@ class StateWords(Names):
         parts.append(f"IF={UNKNOWN if cpu.rflags is None else cpu.rflags >> 9 & 1}")
         parts.append(self.nmi_text(cpu))
         parts.append("MCIP " + {None: "unknown", True: "set", False: "clear"}[cpu.mcip])
-        return "  ".join(parts)
+        return "  ".join((*parts, *self._more(cpu)))
+
+    def _more(self, cpu: CpuState) -> list[str]:
+        """What few traces tell: said where it is known."""
+        parts = []
+        if cpu.mce is not None:
+            parts.append(f"CR4.MCE {'set' if cpu.mce else 'clear'}")
+        if cpu.tpr is not None:
+            parts.append(f"TPR {cpu.tpr:#04x}")
+        if cpu.gif is not None:
+            parts.append(f"GIF={int(cpu.gif)}")
+        if cpu.kernel_gs is not None:
+            parts.append(f"GS base {'the kernel' if cpu.kernel_gs else 'user mode'}'s")
+        if cpu.fred:
+            parts.append(f"FRED level {UNKNOWN if cpu.csl is None else cpu.csl}")
+        tokens = [f"IST{n} {'busy' if cpu.tokens_busy >> n & 1 else 'free'}" for n in range(1, 8) if cpu.tokens_known >> n & 1]
+        if tokens:
+            parts.append(f"shadow-stack tokens: {', '.join(tokens)}")
+        if cpu.shadow:
+            parts.append(SHADOW_WORDS[cpu.shadow])
+        if cpu.smm:
+            parts.append("in SMM")
+        if cpu.guest:
+            parts.append("a guest runs")
+        if cpu.ring_gap is not None:
+            event = self.event(cpu.ring_gap)
+            what = f"the {event.kind.name} at " if event is not None else ""
+            parts.append(f"RSP is user mode's since {what}{self.event_name(cpu.ring_gap)}")
+        return parts
 
     def nmi_text(self, cpu: CpuState) -> str:
         """`NMIs blocked since event 0`, `NMIs not blocked`, `NMI blocking unknown`."""
@@ -53,16 +82,15 @@ class StateWords(Names):
         )
         if frame.saved.rsp is not None:
             text += f" rsp {hex_address(frame.saved.rsp)}"
+        if frame.kernel_gs is False and frame.saved.cs is not None and x86.cpl(frame.saved.cs) == 0:
+            text += "  GS base user mode's"  # of CPL 0: its handler cannot tell by the saved CS (R33)
         text += f"  {STATUS_WORDS[frame.status]}"
         return text + (f" by {self.event_name(frame.clobbered_by)}" if frame.clobbered_by is not None else "")
 
     def stack_line(self, stack: Stack) -> str:
         """`IST2 (NMI) of cpu 0 [lo, hi), 1 open frame`."""
-        name = "stack" if stack.named else "stack, bounds assumed"
-        if stack.named and stack.slot:
-            name = self.stack_name(stack.slot, stack.cpu)
         plural = "" if stack.frames == 1 else "s"
-        return f"{name} [{hex_address(stack.lo)}, {hex_address(stack.hi)}), {stack.frames} open frame{plural}"
+        return f"{self.stack_title(stack)} [{hex_address(stack.lo)}, {hex_address(stack.hi)}), {stack.frames} open frame{plural}"
 
     def word_row(self, word: Word, frames: tuple[Frame, ...]) -> WordRow:
         """A word of stack memory with its slot, its owner (the newest open frame there) and its writer."""

@@ -13,13 +13,16 @@ from tracedbg.errors import FormatError, UsageError
 from tracedbg.formats import qemu_monitor
 from tracedbg.formats.source import Input
 from tracedbg.layout import Layout
+from tracedbg.text import clean
 from tracedbg.trace import Trace
 from tracedbg.writer import TraceWriter
 
 NATIVE = "tracedbg"
+CASE = "case"
+OUTPUTS = (NATIVE, CASE)
 
 # Name -> module with sniff() and read(); a module is imported when its turn comes.
-_MODULES = {"qemu-int": "tracedbg.formats.qemu_log"}
+_MODULES = {CASE: "tracedbg.formats.case", "qemu-int": "tracedbg.formats.qemu_log"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,15 @@ def names() -> tuple[str, ...]:
     return (NATIVE, *_MODULES)
 
 
+def output_format(path: str, wanted: str | None = None) -> str:
+    """The format to write: `wanted`, or by the suffix of the file. Raises UsageError if `wanted` does not exist."""
+    if wanted is None:
+        return CASE if path.endswith(".case") else NATIVE
+    if wanted not in OUTPUTS:
+        raise UsageError(f"no output format {clean(wanted)!r} (known: {', '.join(OUTPUTS)})")
+    return wanted
+
+
 def recognise(source: Input, wanted: str | None = None) -> str:
     """The name of an input's format. Raises FormatError if it is none, UsageError if `wanted` does not exist."""
     if wanted is not None:
@@ -66,7 +78,8 @@ def recognise(source: Input, wanted: str | None = None) -> str:
             return name
     if qemu_monitor.looks_like_monitor(source.head):
         raise FormatError(source.path, "QEMU monitor text, not a log: it goes with the log as --monitor", 0)
-    raise FormatError(source.path, "not a trace or log that this program reads (a QEMU -d int log, a native trace)", 0)
+    known = "a QEMU -d int log, a case file, a native trace"
+    raise FormatError(source.path, f"not a trace or log that this program reads ({known})", 0)
 
 
 def open_input(path: str, *, from_format: str | None = None, options: ReaderOptions | None = None) -> Trace:

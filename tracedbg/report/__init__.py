@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tracedbg import rules
+from tracedbg import baseline, rules
 from tracedbg.describe import Words
 from tracedbg.layout import Layout
 from tracedbg.state import Finding, Stats
@@ -23,39 +23,51 @@ class Result:
     findings: tuple[Finding, ...]
     stats: Stats
     position: int | None = None
-    limit: int | None = None  # findings to show
+    limit: int | None = None  # findings to show (as text: entries, each of equal findings)
     lost: int = 0  # findings beyond what the core keeps
     unknown: tuple[str, ...] = field(default=())
+    known: frozenset[int] = frozenset()  # numbers of the findings that a baseline accepts
 
     @property
     def shown(self) -> tuple[Finding, ...]:
-        """The findings that a report spells out; its counts and its verdict are of all."""
-        return self.findings if self.limit is None else self.findings[: self.limit]
+        """The findings that a report of single findings spells out: the first ones, or of too many the worst."""
+        if self.limit is None or len(self.findings) <= self.limit:
+            return self.findings
+        return tuple(sorted(sorted(self.findings, key=self.order)[: self.limit], key=lambda finding: finding.number))
 
     @property
     def omitted(self) -> int:
-        """How many findings are counted only."""
+        """How many findings are counted only, in a report of single findings."""
         return self.lost + len(self.findings) - len(self.shown)
+
+    def order(self, finding: Finding) -> tuple[bool, int, int]:
+        """Sort key: what is new before what is known, errors first, then as raised."""
+        return (finding.number in self.known, -rules.rank(self.severity(finding)), finding.number)
 
     def severity(self, finding: Finding) -> str:
         """Severity as known at the position."""
         return rules.finding_severity(finding, self.position)
 
-    def counts(self) -> dict[str, int]:
-        """Findings by severity, worst first."""
+    def signature(self, finding: Finding) -> str:
+        """What is the same of a finding in another recording (see baseline.py)."""
+        return baseline.signature(finding, self.words)
+
+    def counts(self, *, known: bool = True) -> dict[str, int]:
+        """Findings by severity, worst first; with or without those that a baseline accepts."""
         found = dict.fromkeys(reversed(rules.SEVERITIES), 0)
         for finding in self.findings:
-            found[self.severity(finding)] += 1
+            if known or finding.number not in self.known:
+                found[self.severity(finding)] += 1
         return found
 
-    def worst(self) -> str | None:
-        """The highest severity found."""
-        return max((self.severity(f) for f in self.findings), key=rules.rank, default=None)
+    @property
+    def known_count(self) -> int:
+        """Findings that a baseline accepts."""
+        return sum(finding.number in self.known for finding in self.findings)
 
     def reaches(self, fail_on: str) -> bool:
-        """Whether a finding reaches a severity."""
-        worst = self.worst()
-        return worst is not None and rules.rank(worst) >= rules.rank(fail_on)
+        """Whether a finding that no baseline accepts reaches a severity."""
+        return any(n and rules.rank(level) >= rules.rank(fail_on) for level, n in self.counts(known=False).items())
 
 
 def meta_dict(trace: Trace, key: str) -> dict[str, Any]:
@@ -96,8 +108,8 @@ def layout_notes(trace: Trace) -> list[str]:
     return notes
 
 
-def unknown_reasons(trace: Trace, layout: Layout, stats: Stats) -> tuple[str, ...]:
-    """Why the fate of some frame cannot be known; empty if it can."""
+def unknown_reasons(trace: Trace, layout: Layout, stats: Stats, lost: int = 0) -> tuple[str, ...]:
+    """Why the fate of some frame cannot be known; empty if it can. `lost`: findings that the core could not keep."""
     reasons = []
     missing = meta_dict(trace, "layout").get("missing")
     if stats.unjudged and (layout.is_empty or missing):
@@ -105,27 +117,36 @@ def unknown_reasons(trace: Trace, layout: Layout, stats: Stats) -> tuple[str, ..
         reasons.append(f"{lacks}: {_deliveries(stats.unjudged)} cannot be placed on a stack")
     if stats.gaps:
         reasons.append(f"records are missing ({stats.gaps:,} gap{'' if stats.gaps == 1 else 's'})")
+    if lost:
+        reasons.append(f"{lost:,} finding{' is' if lost == 1 else 's are'} more than the replay keeps")
     return tuple(reasons)
 
 
 def verdict(result: Result, fail_on: str = "error") -> str:
     """`1 error, 2 notes`, `clean`, or `unknown: ...` where nothing was found and something may be there."""
-    parts = [f"{n} {level}{'' if n == 1 else 's'}" for level, n in result.counts().items() if n]
+    parts = [f"{n} {level}{'' if n == 1 else 's'}" for level, n in result.counts(known=False).items() if n]
+    if result.known_count:
+        parts.append(f"{result.known_count} known")
     said = ", ".join(parts)
     if not result.reaches(fail_on) and result.unknown:
         return f"unknown: {'; '.join(result.unknown)}" + (f" ({said})" if said else "")
     if not said and not result.stats.judged and result.stats.deliveries + result.stats.legacy:
         return "clean, but no delivery could be judged"
+    if result.known_count and len(parts) == 1:
+        return f"clean ({said})"
     return said or "clean"
 
 
 def not_judged(stats: Stats, layout: Layout) -> list[str]:
-    """Deliveries that no verdict covers, a line for each reason."""
+    """Deliveries and events that no verdict covers, a line for each reason."""
     notes = []
     if stats.legacy:
         notes.append(f"not judged: {_deliveries(stats.legacy)} outside of long mode")
     if stats.unjudged and not layout.is_empty:
         notes.append(f"not judged: {_deliveries(stats.unjudged)} with a TSS, a gate or registers that are not known")
+    if stats.bad_events:
+        skipped = "1 event that makes" if stats.bad_events == 1 else f"{stats.bad_events:,} events that make"
+        notes.append(f"skipped: {skipped} no sense, the first is event {stats.first_bad}")
     return notes
 
 

@@ -56,6 +56,7 @@ def trace_report(result: Result, fail_on: str = "error") -> dict[str, Any]:
         "omitted": result.omitted,
         "counts": {
             **result.counts(),
+            "known": result.known_count,
             "deliveries": stats.deliveries,
             "judged": stats.judged,
             "unjudged": stats.unjudged,
@@ -65,6 +66,7 @@ def trace_report(result: Result, fail_on: str = "error") -> dict[str, Any]:
             "writes": stats.writes,
             "gaps": stats.gaps,
             "open_at_end": stats.open_at_end,
+            "skipped": stats.bad_events,
         },
     }
     if result.position is not None:
@@ -76,7 +78,7 @@ def finding_report(result: Result, finding: Finding) -> dict[str, Any]:
     """One finding, as known at the position of the result."""
     words, at = result.words, result.position
     rule = rules.finding_rule(finding, at)
-    settled = rule != finding.raised_rule or at is None
+    settled = finding.settled is not None and (at is None or at > finding.settled)
     report: dict[str, Any] = {
         "rule": rules.rule_id(rule),
         "severity": result.severity(finding),
@@ -87,7 +89,7 @@ def finding_report(result: Result, finding: Finding) -> dict[str, Any]:
         "count": finding.count,
         "victim": _frame(result, finding.victim),
         "writer": _frame(result, finding.writer),
-        "consumer": _consumer(result, finding) if settled else None,
+        "consumer": _consumer(result, finding),
         "cause": None if finding.cause is Cause.NONE else finding.cause.name.lower().replace("_", "-"),
         "bytes": [[f"{finding.lo:#x}", f"{finding.hi:#x}"]] if finding.hi > finding.lo else [],
         "slots": [name for n, name in enumerate(SLOT_NAMES) if finding.slots >> n & 1],
@@ -102,6 +104,8 @@ def finding_report(result: Result, finding: Finding) -> dict[str, Any]:
         "chain": [{"event": step.event, "text": step.text} for step in words.finding_chain(finding, at)],
         "message": words.finding_line(finding, at),
         "refs": list(rules.finding_refs(finding, at)),
+        "signature": result.signature(finding),
+        "known": finding.number in result.known,
     }
     return report
 
@@ -123,7 +127,7 @@ def _frame(result: Result, frame: Frame | None) -> dict[str, Any] | None:
 
 
 def _consumer(result: Result, finding: Finding) -> dict[str, Any] | None:
-    if finding.consumer is None:
+    if finding.consumer is None or (result.position is not None and finding.consumer >= result.position):
         return None
     return {
         "event": finding.consumer,

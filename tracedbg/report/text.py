@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from tracedbg import rules
 from tracedbg.describe import SETTLE_WORDS
 from tracedbg.report import Result, layout_notes, not_judged, verdict
-from tracedbg.state import Evidence, Finding, Frame, Rule, Settle
+from tracedbg.state import Finding, Rule, Settle
 from tracedbg.text import WIDTH, clean, clean_path, wrap
 
-FoldKey = tuple[object, ...]
+AGAIN = 5  # further events of equal findings that are named
 
 
 def render(result: Result, *, verbose: bool = False, fail_on: str = "error") -> Iterator[str]:
@@ -19,18 +19,31 @@ def render(result: Result, *, verbose: bool = False, fail_on: str = "error") -> 
     for note in (*layout_notes(result.trace), *not_judged(result.stats, result.trace.layout)):
         yield from wrap(note, "  ", WIDTH)
     groups = fold(result)
-    groups.sort(key=lambda group: (-rules.rank(result.severity(group[0])), group[0].number))
-    for group in groups:
+    for group in groups[: result.limit]:
         yield ""
         yield from _group(result, group, verbose)
-    if result.omitted:
-        yield ""
-        yield f"{result.omitted:,} more finding{' is' if result.omitted == 1 else 's are'} not shown"
+    yield from _omitted(result, groups)
     if verbose:
         yield ""
         yield from stats_lines(result)
     yield ""
     yield f"verdict: {verdict(result, fail_on)}"
+
+
+def render_short(result: Result) -> Iterator[str]:
+    """The headline and a line or two for each finding, above a state."""
+    yield headline(result)
+    groups = fold(result)
+    for group in groups[: result.limit]:
+        yield from finding_lines(result, group)
+    yield from _omitted(result, groups)
+
+
+def _omitted(result: Result, groups: list[list[Finding]]) -> Iterator[str]:
+    omitted = result.lost if result.limit is None else result.lost + sum(map(len, groups[result.limit :]))
+    if omitted:
+        yield ""
+        yield f"{omitted:,} more finding{' is' if omitted == 1 else 's are'} not shown"
 
 
 def headline(result: Result) -> str:
@@ -59,39 +72,23 @@ def source_text(result: Result) -> str:
 
 
 def fold(result: Result) -> list[list[Finding]]:
-    """Findings that differ only in when they happened, together, in the order of the first."""
-    groups: dict[FoldKey, list[Finding]] = {}
-    for finding in result.shown:
-        groups.setdefault(_fold_key(result, finding), []).append(finding)
-    return list(groups.values())
-
-
-def _fold_key(result: Result, finding: Finding) -> FoldKey:
-    # Where it was interrupted tells apart what is known to have happened, not what is only inferred: that folds by stack.
-    inferred = rules.finding_evidence(finding, result.position) <= Evidence.INFERRED
-
-    def place(frame: Frame | None) -> tuple[object, ...]:
-        if frame is None:
-            return ()
-        if inferred:
-            return (frame.vector, frame.source, frame.ist)
-        found = None if frame.saved.rip is None else result.words.symbols.lookup(frame.saved.rip)
-        return (frame.vector, frame.source, frame.ist, found[0] if found is not None else frame.saved.rip)
-
-    rule = rules.finding_rule(finding, result.position)
-    frame = finding.writer or finding.victim
-    stack = frame.hi if frame is not None and rule is not Rule.USER_STACK else None
-    lone = finding.detail if frame is None else None
-    event = result.words.event(finding.event) if frame is None else None
-    what = (event.kind, event.arg, event.source) if event is not None else None
-    return (rule, result.severity(finding), finding.cpu, stack, lone, what, place(finding.victim), place(finding.writer))
+    """Equal findings together; what is new before what is known, errors first, then in the order of the first."""
+    groups: dict[tuple[object, ...], list[Finding]] = {}
+    for finding in result.findings:
+        rule = rules.finding_rule(finding, result.position)
+        key = (rule, result.severity(finding), finding.number in result.known, result.signature(finding))
+        groups.setdefault(key, []).append(finding)
+    return sorted(groups.values(), key=lambda group: result.order(group[0]))
 
 
 def _group(result: Result, group: list[Finding], verbose: bool) -> Iterator[str]:
     first = group[0]
     words, at = result.words, result.position
-    if verbose or (result.severity(first) == "error" and not _told_before(result, first)):
-        yield from words.finding_text(first, at, fixes=verbose)
+    known = first.number in result.known
+    if verbose or (result.severity(first) == "error" and not known and not _told_before(result, first)):
+        head, *rest = words.finding_text(first, at, fixes=verbose)
+        yield f"known {head}" if known else head
+        yield from rest
         yield from _again(result, group)
     else:
         yield from finding_lines(result, group)
@@ -105,7 +102,7 @@ def _told_before(result: Result, finding: Finding) -> bool:
     return any(
         f.rule is Rule.FRAME_CONSUMED_CORRUPT and f.consumer == finding.consumer and f.victim is not None
         and f.victim.entry == finding.victim.entry
-        for f in result.shown
+        for f in result.findings
     )  # fmt: skip
 
 
@@ -113,17 +110,20 @@ def finding_lines(result: Result, group: list[Finding]) -> Iterator[str]:
     """A group of equal findings in short."""
     first = group[0]
     rule = rules.rule_id(rules.finding_rule(first, result.position))
+    level = f"known {result.severity(first)}" if first.number in result.known else result.severity(first)
     line = result.words.finding_line(first, result.position)
-    yield from wrap(line, f"{result.severity(first)}: {rule}, ", WIDTH, "  ")
+    yield from wrap(line, f"{level}: {rule}, ", WIDTH, "  ")
     yield from _again(result, group)
 
 
 def _again(result: Result, group: list[Finding]) -> Iterator[str]:
     words, first = result.words, group[0]
     if len(group) > 1:
-        others = ", ".join(words.event_name(f.event).removeprefix("event ") for f in group[1:6])
-        more = f" and {len(group) - 6:,} more" if len(group) > 6 else ""
-        times = f"{len(group):,} times, first at {words.event_name(first.event)}; again at {others}{more}"
+        others = ", ".join(words.event_name(f.event).removeprefix("event ") for f in group[1 : 1 + AGAIN])
+        more = f" and {len(group) - 1 - AGAIN:,} more" if len(group) > 1 + AGAIN else ""
+        cpus = len({f.cpu for f in group})
+        where = f" on {cpus:,} CPUs" if cpus > 1 else ""
+        times = f"{len(group):,} times{where}, first at {words.event_name(first.event)}; again at {others}{more}"
         yield from wrap(times, "  ", WIDTH)
 
 
@@ -140,6 +140,6 @@ def stats_lines(result: Result) -> Iterator[str]:
     yield from wrap(f"frames on IST stacks settled by: {', '.join(settled) or 'nothing'}", "", WIDTH, "  ")
     yield f"overwritten frames whose fate is open at the end: {s.open_at_end:,}"
     if s.bad_events:
-        yield f"events that make no sense: {s.bad_events:,}"
+        yield f"events that make no sense: {s.bad_events:,}, the first is event {s.first_bad}"
     if s.pages_forgotten:
         yield f"stack pages forgotten for want of room: {s.pages_forgotten:,}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tracedbg import x86
 from tracedbg.describe import Words, hex_address
-from tracedbg.state import CpuState, Event, EventFlag, Kind, Known
+from tracedbg.state import CpuState, Event, EventFlag, Kind, Known, Shadow, Source
 from tracedbg.tui.session import View
 
 _FLAGS = {
@@ -17,6 +17,24 @@ _FLAGS = {
 }
 _RFLAGS = {x86.RFLAGS_TF: "TF", x86.RFLAGS_IF: "IF", x86.RFLAGS_NT: "NT", x86.RFLAGS_RF: "RF"}
 _UNKNOWN = "?"
+_STORED = "words saved"  # of a failed delivery
+_SHADOWS = {Shadow.STI: "STI shadow", Shadow.MOV_SS: "MOV SS shadow"}
+
+# What fields of a kind of event are called where that says more than their own name.
+_LABELS: dict[Kind, dict[str, str]] = {
+    Kind.DELIVER: {"arg": "vector"},
+    Kind.RAISE: {"arg": "vector"},
+    Kind.RETURN: {"rsp": "frame at", "addr": "popped rip", "value": "popped rsp", "context": "popped", "code": "ss bits 16+"},
+    Kind.MOVE: {"addr": "from", "value": "to"},
+    Kind.SETSP: {"addr": "from", "value": "to"},
+    Kind.SYSCALL: {"addr": "new rip"},
+    Kind.SYSRET: {"addr": "new rip"},
+    Kind.SYSENTER: {"addr": "new rip"},
+    Kind.SHADOW: {"rip": "covers"},
+    Kind.TOKEN: {"addr": "token at", "code": "held", "value": "holds", "arg": "ist"},
+    Kind.MSR: {"code": "msr"},
+    Kind.VMEXIT: {"code": "reason"},
+}
 
 
 def cpu_summary(cpu: CpuState) -> str:
@@ -24,7 +42,26 @@ def cpu_summary(cpu: CpuState) -> str:
     cpl = _UNKNOWN if cpu.cs is None else x86.cpl(cpu.cs)
     flag = _UNKNOWN if cpu.rflags is None else int(bool(cpu.rflags & x86.RFLAGS_IF))
     mcip = {None: _UNKNOWN, False: "0", True: "1"}[cpu.mcip]
-    return f"cpu {cpu.cpu} · CPL {cpl} · IF {flag} · {_nmi(cpu)} · MCIP {mcip}"
+    return " · ".join((f"cpu {cpu.cpu}", f"CPL {cpl}", f"IF {flag}", _nmi(cpu), f"MCIP {mcip}", *_unusual(cpu)))
+
+
+def _unusual(cpu: CpuState) -> list[str]:
+    """What is not as on most CPUs at most times; the details have all of it."""
+    busy = [n for n in range(1, 8) if cpu.tokens_busy >> n & 1]
+    kernel = cpu.cs is not None and x86.cpl(cpu.cs) == 0
+    parts = (
+        (cpu.fred, f"FRED level {_UNKNOWN if cpu.csl is None else cpu.csl}"),
+        (cpu.ring_gap is not None, "RSP user's"),
+        (kernel and cpu.kernel_gs is False, "GS user's"),
+        (cpu.mce is False, "MCE 0"),
+        (cpu.gif is False, "GIF 0"),
+        (cpu.tpr, f"TPR {cpu.tpr or 0:#04x}"),
+        (busy, f"token {' '.join(f'IST{n}' for n in busy)} busy"),
+        (cpu.shadow, _SHADOWS.get(cpu.shadow, "")),
+        (cpu.smm, "SMM"),
+        (cpu.guest, "guest"),
+    )
+    return [text for there, text in parts if there]
 
 
 def _nmi(cpu: CpuState) -> str:
@@ -52,32 +89,49 @@ def event_lines(event: Event, words: Words, clock_hz: int) -> list[str]:
 def _fields(event: Event, words: Words) -> list[tuple[str, str]]:
     known = event.known
     result: list[tuple[str, str]] = []
-    popped = event.kind is Kind.RETURN
+    labels = _labels(event)
+
+    def add(name: str, text: str) -> None:
+        result.append((labels.get(name, name), text))
+
     if known & Known.RIP:
-        result.append(("at", _address(event.rip, words)))
+        add("rip", _address(event.rip, words))
     if known & Known.RSP:
-        result.append(("frame at" if popped else "rsp", hex_address(event.rsp)))
+        add("rsp", hex_address(event.rsp))
     if known & Known.ADDR:
-        result.append(("popped rip" if popped else "addr", _address(event.addr, words)))
+        add("addr", f"{event.addr:,}" if labels.get("addr") == _STORED else _address(event.addr, words))
     if known & Known.VALUE and not event.flags & EventFlag.BYTES:
-        result.append(("popped rsp" if popped else "value", _address(event.value, words)))
+        add("value", _address(event.value, words))
     registers = ((Known.CS, "cs", event.cs), (Known.SS, "ss", event.ss))
     selectors = [f"{name} {value:#x}" for bit, name, value in registers if known & bit]
     if known & Known.RFLAGS:
         names = [name for bit, name in _RFLAGS.items() if event.rflags & bit]
         selectors.append(f"rflags {event.rflags:#x}" + (f" ({' '.join(names)})" if names else ""))
     if selectors:
-        result.append(("popped" if popped else "context", "  ".join(selectors)))
+        add("context", "  ".join(selectors))
     if known & Known.CODE:
-        result.append(("code", f"{event.code:#x}"))
+        add("code", f"{event.code:#x}")
     if known & Known.ARG:
-        result.append(("vector" if event.kind is Kind.DELIVER else "arg", f"{event.arg:#x}"))
+        add("arg", f"{event.arg:#x}")
     if known & Known.SOURCE:
-        result.append(("source", event.source.name.lower().replace("_", " ")))
+        add("source", event.source.name.lower().replace("_", " "))
     flags = [text for flag, text in _FLAGS.items() if event.flags & flag]
     if flags:
-        result.append(("flags", ", ".join(flags)))
+        add("flags", ", ".join(flags))
     return result
+
+
+def _labels(event: Event) -> dict[str, str]:
+    """The names of an event's fields; `rip` is `at` where it is the code that the event happened in."""
+    labels = {"rip": "at", **_LABELS.get(event.kind, {})}
+    if event.kind is Kind.DELIVER:
+        software = event.known & Known.SOURCE and event.source in (Source.SOFT_INT, Source.SYSCALL)
+        labels["code"] = "length" if software else "error code"
+        if event.arg == x86.PAGE_FAULT and not software:
+            labels["value"] = "cr2"
+        if event.flags & EventFlag.FAILED:
+            labels["addr"] = _STORED
+    return labels
 
 
 def _address(address: int, words: Words) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from tracedbg.describe import Words, slot_of
-from tracedbg.state import EventFlag, Finding, Frame, FrameStatus, Kind, Known, Rule, Stack, Word
+from tracedbg.describe import OVERWRITES, Words, saved_word, slot_of, word_name
+from tracedbg.state import EventFlag, Finding, Frame, FrameStatus, Kind, Known, Return, Rule, Stack, Word
 from tracedbg.tui.session import StackWords, View
 
 FOLD = 4  # that many words with one value and one writer become one row
@@ -70,6 +70,7 @@ class _Owner:
     status: Status
     frame: Frame | None
     by: int | None = None  # who overwrote it
+    fred: bool = False
 
 
 def build_rows(view: View, words: Words) -> tuple[Row, ...]:
@@ -82,7 +83,7 @@ def build_rows(view: View, words: Words) -> tuple[Row, ...]:
         placed = placed or bool(owners) or (entry.stack.named and entry.stack.slot != 0)
         here = _rsp_on(view, entry.stack)
         if not entry.words and not owners and not here:
-            empty.append(words.stack_name(entry.stack.slot))
+            empty.append(words.stack_title(entry.stack))
             continue
         head = words.stack_line(entry.stack) + (", in use" if here else "")
         rows.append(Row(RowKind.STACK, head))
@@ -137,22 +138,27 @@ def _owners(view: View, entry: StackWords, words: Words) -> dict[int, _Owner]:
     """Frames of a stack by their entry: open ones, overwritten ones whose evidence is still there, left ones."""
     stack = entry.stack
     owners: dict[int, _Owner] = {}
+    stores: dict[int, int] = {}  # frames that a store overwrote: for the core they are as live as before
     writers = {w.addr: w.writers for w in entry.words}
     held = {w for word in entry.words for w in word.writers}
     for finding in view.victims:
         victim, writer = finding.victim, finding.writer
-        if victim is None or writer is None or not stack.lo < victim.hi <= stack.hi:
+        if finding.raised_rule not in OVERWRITES or victim is None or not stack.lo < victim.hi <= stack.hi:
             continue
-        if any(writer.entry in writers.get(addr, ()) for addr in range(victim.lo & ~7, victim.hi, WORD)):
+        by = _by(finding)
+        if any(by in writers.get(addr, ()) for addr in range(victim.lo & ~7, victim.hi, WORD)):
             owners[victim.entry] = _victim(finding, victim, view.state.position, words)
-        if writer.entry in held and writer.entry not in owners:
-            owners[writer.entry] = _frame_owner(writer, Status.LEFT, "left", words)
+            if writer is None:
+                stores[victim.entry] = by
+        if writer is not None and writer.entry in held and writer.entry not in owners:
+            owners[writer.entry] = _frame_owner(writer, Status.LEFT, _gone(words.failed(writer)), words)
     for frame in view.state.frames:
         if stack.lo < frame.hi <= stack.hi:
-            owners[frame.entry] = _open(frame, words)
+            owners[frame.entry] = _open(frame, words, stores.get(frame.entry))
+    fred = next((c.fred for c in view.state.cpus if c.cpu == view.cpu), False)
     for number, (lo, hi) in _extents(entry.words).items():
         if number not in owners:
-            left = _left(number, lo, hi, words)
+            left = _left(number, lo, hi, words, fred)
             if left is not None:
                 owners[number] = left
     return owners
@@ -161,22 +167,34 @@ def _owners(view: View, entry: StackWords, words: Words) -> dict[int, _Owner]:
 def _frame_owner(frame: Frame, status: Status, text: str, words: Words, by: int | None = None) -> _Owner:
     short = words.frame_brief(frame)
     caption = f"{words.frame_name(frame)}: {text}"
-    return _Owner(frame.entry, frame.lo, frame.hi, short, caption, f"{short}: {text}", status, frame, by)
+    return _Owner(frame.entry, frame.lo, frame.hi, short, caption, f"{short}: {text}", status, frame, by, frame.fred)
 
 
-def _open(frame: Frame, words: Words) -> _Owner:
+def _by(finding: Finding) -> int:
+    """Who overwrote the victim: a delivery, or the store that the finding was raised at."""
+    return finding.writer.entry if finding.writer is not None else finding.event
+
+
+def _gone(failed: bool) -> str:
+    return "not delivered" if failed else "left"
+
+
+def _open(frame: Frame, words: Words, store: int | None) -> _Owner:
+    """An open frame; `store`: the one that left its own stack and hit this frame."""
     if frame.status is FrameStatus.CLOBBERED and frame.clobbered_by is not None:
         text = f"still to resume, OVERWRITTEN by event {frame.clobbered_by}"
         return _frame_owner(frame, Status.CLOBBERED, text, words, frame.clobbered_by)
     if frame.status is FrameStatus.MOVED:
         return _frame_owner(frame, Status.MOVED, "moved, software copied it", words)
+    if store is not None:
+        return _frame_owner(frame, Status.CLOBBERED, f"live, OVERWRITTEN by event {store}", words, store)
     return _frame_owner(frame, Status.LIVE, "live", words)
 
 
 def _victim(finding: Finding, victim: Frame, position: int, words: Words) -> _Owner:
     """An overwritten frame that is no longer open: what came of it is known at this position, or not yet."""
-    writer = finding.writer.entry if finding.writer is not None else None
-    text = f"OVERWRITTEN by event {writer}" if writer is not None else "OVERWRITTEN"
+    writer = _by(finding)
+    text = f"OVERWRITTEN by event {writer}"
     rule = finding.rule_at(position)
     if rule is Rule.FRAME_RELOCATED:
         return _frame_owner(victim, Status.SURVIVED, text.lower() + ", but its context survived", words, writer)
@@ -196,32 +214,33 @@ def _extents(memory: tuple[Word, ...]) -> dict[int, tuple[int, int]]:
     return result
 
 
-def _left(number: int, lo: int, hi: int, words: Words) -> _Owner | None:
-    """A frame that is no longer open, as far as its bytes still show it: its top is aligned and its size possible."""
+def _left(number: int, lo: int, hi: int, words: Words, fred: bool) -> _Owner | None:
+    """A frame that is no longer open, as far as its bytes still show it: its top is aligned and its size possible.
+
+    `fred`: the CPU now delivers by FRED, whose frames have another alignment and size.
+    """
     event = words.event(number)
-    if event is None or event.kind is not Kind.DELIVER or hi % 16 or hi - lo > 6 * WORD:
+    align, most = (64, 8) if fred else (16, 6)
+    if event is None or event.kind is not Kind.DELIVER or hi % align or hi - lo > most * WORD:
         return None
     name = words.delivery_name(event)
     short = f"{words.delivery_brief(event)}@{number}"
-    caption = f"{name} at {words.event_name(number)}: left"
-    return _Owner(number, lo, hi, short, caption, f"{short}: left", Status.LEFT, None)
+    text = _gone(bool(event.flags & EventFlag.FAILED))
+    caption = f"{name} at {words.event_name(number)}: {text}"
+    return _Owner(number, lo, hi, short, caption, f"{short}: {text}", Status.LEFT, None, fred=fred)
+
+
+_SHORT = {"error-code": "err", "event-data": "data", "ss+info": "ss"}  # to fit the column
 
 
 def _slot(owner: _Owner, addr: int) -> str:
-    if owner.frame is not None:
-        name = slot_of(owner.frame, addr)
-    else:
-        name = ("ss", "rsp", "rflags", "cs", "rip", "error-code")[(owner.hi - WORD - addr) // WORD]
-    return "err" if name == "error-code" else name
+    name = slot_of(owner.frame, addr) if owner.frame is not None else word_name((owner.hi - 1 - addr) // WORD, owner.fred)
+    return _SHORT.get(name, name)
 
 
-def _saved(owner: _Owner, addr: int) -> int | None:
-    """The word that the frame's own delivery stored at an address."""
-    if owner.frame is None:
-        return None
-    slots = owner.frame.saved.slots()
-    names = ("rip", "cs", "rflags", "rsp", "ss", "err")
-    return slots[names.index(_slot(owner, addr))]
+def _saved(owner: _Owner, addr: int) -> tuple[int, int] | None:
+    """The word that the frame's own delivery stored at an address, and a mask of its known bits."""
+    return None if owner.frame is None else saved_word(owner.frame, addr)
 
 
 # -- words --------------------------------------------------------------------------------------------------------------
@@ -264,7 +283,9 @@ def _taken(view: View, words: Words) -> range:
     """Addresses of the words that the event of this position popped or read."""
     event = words.event(view.state.position - 1)
     if event is not None and event.kind is Kind.RETURN and event.known & Known.RSP and not event.flags & EventFlag.FAULTED:
-        return range(event.rsp, event.rsp + 5 * WORD, WORD)
+        eret = event.known & Known.ARG and event.arg in (Return.ERETU, Return.ERETS)
+        lo = event.rsp + (WORD if eret else 0)  # they skip the error code that RSP is at
+        return range(lo, lo + 5 * WORD, WORD)
     if event is not None and event.kind is Kind.READ and event.known & Known.ADDR:
         length = event.code if event.flags & EventFlag.BYTES else event.arg
         return range(event.addr & ~7, event.addr + length, WORD)
@@ -321,14 +342,22 @@ def _word_row(addr: int, word: Word | None, old: Word | None, here: list[_Owner]
 
 
 def _overwritten(row: Row, victim: _Owner, addr: int, word: Word | None, words: Words) -> Row:
-    own = _saved(victim, addr)
+    saved = _saved(victim, addr)
+    own = None if saved is None else saved[0]
     by = f"event {row.writer if row.writer is not None else victim.by}"
-    if own is not None and word is not None and word.known == 0xFF and own == word.value:
+    if saved is not None and word is not None and _same(saved, word):
         return replace(row, by=by)  # overwritten with the same value: `was` stays empty
     name = row.name
     if row.slot == "rip" and (symbol := words.symbol(own)):
         name = f"{name or '?'}, was {symbol}"
     return replace(row, status=victim.status, was="?" if own is None else f"{own:#x}", by=by, name=name)
+
+
+def _same(saved: tuple[int, int], word: Word) -> bool:
+    """Whether a word holds what a frame's own delivery stored, as far as the delivery says what it stored."""
+    value, mask = saved
+    known = sum(0xFF << 8 * b for b in range(WORD) if word.known >> b & 1)
+    return not mask & ~known and not (value ^ word.value) & mask
 
 
 def _symbol(word: Word | None, words: Words) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
-from tracedbg.state import Finding, Kind, Known, Position, Stack, Stats, Word
+from tracedbg.state import Finding, Kind, Known, Position, Rule, Stack, Stats, Word
 
 SLICE = 0.005  # seconds of work between two looks at the mailbox: a new wish waits no longer than that
 REPORT = 0.05  # seconds between two reports of progress
@@ -289,7 +289,11 @@ class Session(threading.Thread):
         newest = self._findings[max(0, state.raised - MAX_VICTIMS) : state.raised]
         spans = [(s.stack.lo, s.stack.hi) for s in stacks]
         return tuple(
-            f for f in newest if f.victim is not None and f.writer is not None and any(lo < f.victim.hi <= hi for lo, hi in spans)
+            f
+            for f in newest
+            if f.victim is not None
+            and (f.writer is not None or f.raised_rule is Rule.NEIGHBOUR_OVERWRITE)
+            and any(lo < f.victim.hi <= hi for lo, hi in spans)
         )
 
     def _search(self, replay: ReplayLike, wish: Search) -> None:

@@ -17,6 +17,7 @@ GOLDEN = ROOT / "tests" / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the long tests")
+    parser.addoption("--bochs", metavar="DIR", help="take the scenarios below DIR for tests/test_bochs.py, and no others")
     parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing with them")
 
 

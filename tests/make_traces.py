@@ -1,4 +1,6 @@
-"""Makes the traces in traces/: `python tests/make_traces.py DATA [OUT]` from the recorded data, `... --cases [OUT]` from tests/cases.
+"""Makes the traces in traces/.
+
+`python tests/make_traces.py DATA [OUT]` makes those of the recorded data, `... --cases [OUT]` those of tests/cases.
 
 DATA is the folder with qemu/ and symbols/. traces/README.md says what each trace shows. Same data, same bytes.
 """

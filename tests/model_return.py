@@ -83,10 +83,9 @@ class Resume(Deliver):
         cpu.rip, cpu.rsp, cpu.cs, cpu.ss, cpu.rflags = event.addr, event.value, event.cs, event.ss, event.rflags
         cpu.home = self.home_of(cpu.rsp)
         cpu.ring_gap = None
-        in_kernel = event.cs is not None and x86.cpl(event.cs) == 0
-        if frame is not None and frame.ring_gap is not None and in_kernel and event.value is not None:
-            if event.value == frame.saved.rsp:
-                cpu.ring_gap = RingGap(frame.ring_gap, event.value)
+        to_kernel = event.cs is not None and x86.cpl(event.cs) == 0 and event.value is not None
+        if frame is not None and frame.ring_gap is not None and to_kernel and event.value == frame.saved.rsp:
+            cpu.ring_gap = RingGap(frame.ring_gap, event.value)
         self.observe_a(cpu, event, event.cs, event.value, unblocks=False)
         # 7. is the caller's
 

@@ -37,6 +37,7 @@ AREAS = (
     0xFFFF_FFFF_FFFC_0000,
 )
 VECTORS = (0, 1, 1, 2, 2, 2, 2, 3, 4, 6, 8, 13, 14, 14, 18, 18, 18, 21, 29, 0x20, 0x30, 0x80, 0xEC)
+BLOCK = 1 << 14
 TOPS = 11  # stack tops side by side: IST1-7 of CPU 0 are the first seven
 
 
@@ -107,8 +108,10 @@ class World:
                 top = r.choice(EDGES)
             elif kind < 0.14:
                 top = (r.choice(tops) - r.choice((1, 4, 8, 0x18, 0x20, 0x28))) & MASK
-            elif kind < 0.22:
+            elif kind < 0.21:
                 top = r.choice(tops)
+            elif kind < 0.25:  # about the end of a 16 KiB block, which is a stack where no region is
+                top = (self.area | BLOCK - 1) + 1 + r.choice((0, 0, 0x10, 0x20)) & MASK
             elif first is not None and kind < 0.35:
                 top = first.ist[slot]
             ist.append(top)

@@ -7,7 +7,7 @@ from randlayout import KERNEL_CS, KERNEL_SS, MASK, VECTORS
 from randmachine import Context, Shot
 
 from tracedbg import x86
-from tracedbg.layout import Gate
+from tracedbg.layout import REGION_STACK, Gate
 from tracedbg.state import EventFlag, Kind, Source
 
 ODD_NMI = (Source.SOFT_INT, Source.EXTINT, Source.FIXED, Source.INJECTED)
@@ -29,6 +29,41 @@ class Scenes(Control):
         vector = self.r.choice(vectors)
         source = Source.EXCEPTION if vector < 32 and vector not in (2, 18) else Source.FIXED
         return self.deliver(number, vector, source, still=still, plain=self.r.random() < 0.8)
+
+    def lose_track(self, number: int) -> None:
+        """An event after which registers and home stack are unknown."""
+        r = self.r
+        kind = r.choice((Kind.RSM, Kind.VMENTRY, Kind.VMEXIT, Kind.SYSENTER, Kind.DELIVER, Kind.DELIVER, Kind.RETURN))
+        fields = {"arg": r.choice((2, 200)), "flags": r.choice((0, EventFlag.LEGACY))} if kind == Kind.DELIVER else {}
+        if kind == Kind.RETURN:
+            fields = {"flags": EventFlag.LEGACY} if r.random() < 0.5 else {}
+        self.emit(kind, cpu=number, **fields)
+
+    def forgotten(self, number: int) -> None:
+        """What a CPU remembers, a gap or a reset that takes it away, and an event that would show it."""
+        r = self.r
+        scenes = (self.fault_pairs, self.fault_pairs, self.consumed, self.unmatched, self.tokens, self.ring_gap, self.lost,
+                  self.guest, self.priorities)  # fmt: skip
+        scene = r.choice(scenes)
+        before = len(self.records)
+        scene(number)
+        count = len(self.records) - before
+        del self.records[before + r.randrange(1, count + 1) if count else before :]
+        way = r.random()
+        if way < 0.4:
+            self.emit(Kind.GAP, **({"cpu": number} if r.random() < 0.6 else {}))
+        elif way < 0.7:
+            self.reset(number)
+        else:
+            self.lose_track(number)
+        if r.random() < 0.5:
+            self.deliver(number, r.choice((8, 2, 14)), still=True, plain=True)
+        elif r.random() < 0.4 and self.cpus[number].last_return is not None:
+            self.emit(Kind.RETURN, **(self.cpus[number].last_return or {}))
+        elif r.random() < 0.5:
+            self.emit(Kind.SHUTDOWN, cpu=number)
+        else:
+            scene(number)
 
     def some_returns(self, number: int, most: int) -> None:
         for _ in range(self.r.randrange(most + 1)):
@@ -139,6 +174,20 @@ class Scenes(Control):
                 if stacks == 1 and r.random() < 0.02:
                     self.ret(number)
 
+    def cycle(self, number: int) -> None:
+        """Handlers on IST stacks interrupt each other in turn: A, B, A over the first, B over its own."""
+        r = self.r
+        cpu = self.cpus[number]
+        gates = {} if cpu.idt is None else self.gates[cpu.idt]
+        dedicated = [v for v in self.usable(cpu) if gates[v].ist] or [2, 18]
+        turn = [r.choice(dedicated) for _ in range(r.choice((2, 2, 3)))]
+        for n in range(r.randrange(3, 8)):
+            vector = turn[n % len(turn)]
+            if cpu.nest and r.random() < 0.1:  # above the newest frame, on its stack
+                cpu.now.rsp = (cpu.nest[-1].rip_addr + 8 * r.randrange(1, 8)) & MASK
+            self.deliver(number, vector, r.choice((None, Source.SOFT_INT)), still=r.random() < 0.6, plain=True)
+        self.some_returns(number, 3)
+
     # -- the ends of stacks -----------------------------------------------------------------------------------------
 
     def overflow(self, number: int) -> None:
@@ -146,19 +195,24 @@ class Scenes(Control):
         r = self.r
         cpu = self.cpus[number]
         below = self.nmi(r.choice((number, number, self.other(number)))) if r.random() < 0.8 else None
-        top = below.hi if below is not None and r.random() < 0.8 else r.choice(self.world.tops)
+        top = below.hi if below is not None and r.random() < 0.8 else self.bottom()
         for _ in range(r.choice((1, 1, 2))):
             rsp = top + r.choice((1, 8, 16, 24, 32, 32, 40, 47, 48, 56, 64))
             cpu.now = Context(self.kernel_rip(), rsp & MASK, KERNEL_CS, KERNEL_SS, 0x46)
             self.on_stack(number)
         self.some_returns(number, 2)
 
+    def bottom(self) -> int:
+        """Where a stack begins, or should."""
+        begins = [region.lo for region in self.layout.regions if region.kind == REGION_STACK]
+        return self.r.choice(begins if begins and self.r.random() < 0.6 else self.world.tops)
+
     def pushed_over(self, number: int) -> None:
         """Pushes run down into the stack below; or stores without a known RSP go there."""
         r = self.r
         cpu = self.cpus[number]
         below = self.nmi(r.choice((number, number, self.other(number))))
-        top = below.hi if below is not None and r.random() < 0.85 else r.choice(self.world.tops)
+        top = below.hi if below is not None and r.random() < 0.8 else self.bottom()
         rsp = (top + r.choice((4, 8, 16, 40, 56))) & MASK
         cpu.now = Context(self.kernel_rip(), rsp, KERNEL_CS, KERNEL_SS, 0x46)
         way = r.random()
@@ -168,6 +222,8 @@ class Scenes(Control):
             self.on_stack(number)
         elif way < 0.9 and self.usable(cpu):
             self.deliver(number, r.choice(self.usable(cpu)), plain=True)
+        if r.random() < 0.15:
+            self.lose_track(number)
         if r.random() < 0.6:
             self.pushes_down(number, r.randrange(1, 9))
         else:
@@ -405,6 +461,10 @@ class Scenes(Control):
         """The NMI handler is left without IRET; or ERET pops a frame without its NMI bit."""
         r = self.r
         cpu = self.cpus[number]
+        if r.random() < 0.3:  # once more, when NMIs are blocked anew
+            self.nmi(number)
+            self.sysret(number)
+            cpu.nest.clear()
         shot = self.nmi(number)
         way = r.random()
         if shot is not None and shot.fred and way < 0.5:
@@ -469,5 +529,6 @@ WEIGHTS: dict[str, int] = {
     "unblocked": 6, "consumed": 4, "same_bytes": 2, "fake": 2, "other_cpu": 3, "moved": 2, "partial": 3, "overflow": 5,
     "pushed_over": 5, "ring_gap": 5, "sysenter": 2, "sysret": 2, "fault_pairs": 4, "wrong_gate": 4, "wrong_code": 4,
     "machine_checks": 4, "priorities": 4, "guest": 4, "smm": 4, "tokens": 4, "lost": 2, "stuck": 5, "unmatched": 4, "window": 8,
+    "cycle": 4, "forgotten": 4,
 }  # fmt: skip
 SCENES: tuple[str, ...] = tuple(name for name, weight in WEIGHTS.items() for _ in range(weight))

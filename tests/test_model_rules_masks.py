@@ -393,7 +393,9 @@ def test_what_ends_everything(side: str, event: tuple[Kind, dict[str, int]], exp
     assert end.frames == []
 
 
-@pytest.mark.parametrize(("rsp", "evidence", "cause"), [(0x7000, Evidence.COMPUTED, Cause.RING_GAP), (0x6FF8, Evidence.INFERRED, Cause.NONE)])
+@pytest.mark.parametrize(
+    ("rsp", "evidence", "cause"), [(0x7000, Evidence.COMPUTED, Cause.RING_GAP), (0x6FF8, Evidence.INFERRED, Cause.NONE)]
+)
 def test_a_return_into_the_ring_gap_goes_on_with_it(side: str, rsp: int, evidence: Evidence, cause: Cause) -> None:
     gap = {**KERNEL, "rsp": 0x7000}
     there = {**KERNEL, "rsp": rsp}

@@ -77,6 +77,7 @@ static bool delivered_word(const struct machine *m, uint64_t addr, uint64_t popp
 void raise_unmatched(struct machine *m, struct cpu *c, const struct tdb_event *e, uint32_t index)
 {
 	struct tdb_finding f;
+	struct tdb_frame w;
 	bool eret = e->known & TDB_K_ARG && (e->arg == TDB_RET_ERETU || e->arg == TDB_RET_ERETS);
 	uint64_t at = e->rsp + (eret ? 8 : 0);
 	uint32_t by, other;
@@ -85,12 +86,16 @@ void raise_unmatched(struct machine *m, struct cpu *c, const struct tdb_event *e
 		return;
 	if (!(e->known & TDB_K_RSP) || !(e->known & TDB_K_ADDR) || !(e->known & TDB_K_VALUE) || e->rsp > UINT64_MAX - (eret ? 48 : 40))
 		return;
-	if (!delivered_word(m, at, e->addr, &by) || !delivered_word(m, at + 24, e->value, &other) || !consumed_before(c, by))
+	if (!delivered_word(m, at, e->addr, &by) || !delivered_word(m, at + 24, e->value, &other) || by != other ||
+	    !consumed_before(c, by))
+		return;
+	w = frame_of_event(m, by);
+	if (!saved_knows(&w, TDB_K_RIP | TDB_K_RSP) || w.saved.rip != e->addr || w.saved.rsp != e->value)
 		return;
 	if (finding_folded(m, c->fold.unmatched))
 		return;
 	f = finding_new(TDB_R_UNMATCHED_RETURN, TDB_EV_RECORDED, index, e->cpu);
-	f.writer = frame_of_event(m, by);
+	f.writer = w;
 	f.consumer = index;
 	f.popped = popped_context(e);
 	f.lo = at;

@@ -147,13 +147,14 @@ void observe(struct machine *m, struct cpu *c, uint16_t cpu, const struct tdb_co
 		next = n->watch.next;
 		if (!frame_dedicated(&n->f))
 			continue;
-		if (saved_knows(&n->f, TDB_K_RSP) && n->saved_key != n->key && n->f.entry >= since) {
+		if (saved_knows(&n->f, TDB_K_RSP) && n->saved_key != n->key && n->f.entry >= since &&
+		    !(returns && n->f.status == TDB_FRAME_CLOBBERED)) {
 			if (rip_known && saved_knows(&n->f, TDB_K_RIP) && at->rip == n->f.saved.rip &&
 			    at->rsp == n->f.saved.rsp) {
 				close_seen(m, n, TDB_SETTLE_CONTEXT, &seen);
 				continue;
 			}
-			if (key == n->saved_key && at->rsp >= n->f.saved.rsp && !(returns && n->f.status == TDB_FRAME_CLOBBERED)) {
+			if (key == n->saved_key && at->rsp >= n->f.saved.rsp) {
 				close_seen(m, n, TDB_SETTLE_ABOVE, &seen);
 				continue;
 			}

@@ -76,10 +76,10 @@ class Observe(State):
                 outside = self.stack_of(saved.rsp)
                 if outside == frame.stack:
                     continue
+                if self.returns_recorded and frame.status == FrameStatus.CLOBBERED:
+                    continue  # its return will tell
                 if rip is not None and saved.rip == rip and saved.rsp == rsp:
                     c[frame.entry] = Settle.CONTEXT
-                elif self.returns_recorded and frame.status == FrameStatus.CLOBBERED:
-                    continue  # a handler may move its RSP
                 elif here == outside and rsp >= saved.rsp:
                     c[frame.entry] = Settle.ABOVE
             if not self.returns_recorded and event.rflags is not None and event.rflags & x86.RFLAGS_IF:

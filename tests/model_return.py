@@ -224,8 +224,9 @@ class Resume(Deliver):
             and x86.cpl(popped.cs) == 0  # user code can be resumed twice in one place
             and at + 40 <= MASK
             and (self.number_at(at), self.number_at(at + 24)) == (popped.rip, popped.rsp)
-            and self.delivery_at(at + 24) is not None
             and writer is not None
+            and self.delivery_at(at + 24) is writer
+            and (writer.saved.rip, writer.saved.rsp) == (popped.rip, popped.rsp)
             and writer.entry in cpu.consumed
         ):
             self.fold(

@@ -185,7 +185,9 @@ def test_a_clobbered_frame_and_an_rsp_above(side: str, guest: Layout, left: list
 
 
 def test_a_clobbered_frame_whose_context_is_seen_again(side: str) -> None:
-    end = play(side, [nmi(), failed(nmi(IN_NMI), 5), fault(14, KERNEL, code=0)])
+    events: Events = [nmi(), failed(nmi(IN_NMI), 5), fault(14, KERNEL, code=0)]
+    assert [f.entry for f in play(side, events).frames] == [0, 2]  # its recorded return will tell
+    end = play(side, events, UNRECORDED)
     assert [f.entry for f in end.frames] == [2]
     (finding,) = end.of(Rule.FRAME_CLOBBERED)
     assert (finding.rule, finding.settled_by, finding.settled_evidence) == (

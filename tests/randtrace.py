@@ -37,7 +37,7 @@ def plan_of(seed: int) -> Plan:
     r = random.Random(seed)
     steps = [(r.choice(SCENES), r.getrandbits(32)) for _ in range(r.choice((3, 5, 8, 8, 12, 20)))]
     if seed % 41 == 20:
-        steps.insert(0, ("flood", r.getrandbits(32)))
+        steps.append(("flood", r.getrandbits(32)))
     return Plan(r.getrandbits(32), tuple(steps))
 
 

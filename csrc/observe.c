@@ -128,6 +128,11 @@ void observe(struct machine *m, struct cpu *c, uint16_t cpu, const struct tdb_co
 	uint64_t key = 0;
 
 	seen_start(&seen, cpu, event);
+	if (rsp_known) {
+		key = stack_key(m->in, at->rsp);
+		if (returns)
+			since = running_since(m, cpu, key, at->rsp);   /* before anything is closed */
+	}
 	if (outer) {
 		if (rsp_known && (at->cs & 3) == 3) {
 			c->s.user_rsp = at->rsp;
@@ -135,12 +140,8 @@ void observe(struct machine *m, struct cpu *c, uint16_t cpu, const struct tdb_co
 		}
 		close_outer(m, &seen);
 	}
-	if (rsp_known) {
-		key = stack_key(m->in, at->rsp);
-		if (returns)
-			since = running_since(m, cpu, key, at->rsp);
+	if (rsp_known)
 		close_popped(m, key, at->rsp, since, &seen);
-	}
 	for (uint32_t id = rsp_known ? m->watch[cpu].head : NONE; id != NONE; id = next) {
 		struct node *n = frame_at(m, id);
 

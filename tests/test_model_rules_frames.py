@@ -207,3 +207,10 @@ def test_another_turn_of_the_loop(side: str) -> None:
     assert [(f.victim.entry, f.settled) for f in end.of(Rule.FRAME_CLOBBERED)] == [(0, None), (2, 6)]
     end = play(side, [*events, turn, turn, iret(0x10DFD8, IN_NMI)])  # not that loop
     assert end.frames == []
+
+
+def test_the_running_handler_is_found_before_anything_is_closed(side: str) -> None:
+    """The NMI's frame is newer and above RSP, so the older one below RSP is not popped, though CPL3 closes the NMI's."""
+    guest = dataclasses.replace(layout(), regions=())
+    events: Events = [fault(14, at(0x10DF00), code=0), nmi(at(0x10DE00)), fault(14, {**USER, "rsp": 0x10DF90}, code=0)]
+    assert [f.entry for f in play(side, events, guest).frames] == [0, 2]

@@ -34,10 +34,12 @@ struct node *find_shifted(const struct machine *m, const struct tdb_event *e)
 {
 	struct node *n = NULL;
 
-	if (!(e->known & TDB_K_RSP) || e->rsp > UINT64_MAX - 48)
+	if (!(e->known & TDB_K_RSP))
 		return NULL;
-	n = shifted_on(m, e->rsp + 32, false, e, NULL);    /* rip_addr = R - 8: a code was dropped that was never pushed */
-	n = shifted_on(m, e->rsp + 48, true, e, n);        /* rip_addr = R + 8: it was not dropped */
+	if (e->rsp <= UINT64_MAX - 32)     /* rip_addr = R - 8: a code was dropped that was never pushed */
+		n = shifted_on(m, e->rsp + 32, false, e, n);
+	if (e->rsp <= UINT64_MAX - 48)     /* rip_addr = R + 8: it was not dropped */
+		n = shifted_on(m, e->rsp + 48, true, e, n);
 	return n && explains(&n->f, e) ? n : NULL;
 }
 

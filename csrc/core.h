@@ -237,8 +237,8 @@ void frames_deinit(struct frames *fr);
 void frames_reset(struct machine *m);
 struct list *frames_on(const struct frames *fr, uint64_t key);
 static inline struct node *frame_at(const struct machine *m, uint32_t id) { return id == NONE ? NULL : &m->frames.node[id]; }
-/* Open a frame; its stack keys are computed here. */
-int frame_open(struct machine *m, const struct tdb_frame *f);
+/* Open a frame on the stack `key`. */
+int frame_open(struct machine *m, const struct tdb_frame *f, uint64_t key);
 /* Close a frame; counts the reason for IST frames. */
 void frame_close(struct machine *m, struct node *n, enum tdb_settle why);
 struct node *frame_of_entry(const struct machine *m, uint64_t key, uint32_t entry);
@@ -264,6 +264,7 @@ struct request {
 struct placement {
 	struct tdb_frame frame;
 	struct words words;
+	uint64_t key;                    /* the frame's stack */
 	uint64_t handler;
 	uint16_t selector;               /* IDT only */
 	bool switched;                   /* to an IST stack, RSP0 or a FRED stack */
@@ -414,9 +415,27 @@ void snapshots_take(struct snapshots *s, const struct machine *m);
 /* Bring a machine to the newest snapshot at or before position; false: there is none better than where it stands. */
 int snapshots_restore(const struct snapshots *s, struct machine *m, uint64_t position);
 
+/* -- timeline (timeline.c) ------------------------------------------------------------------------------------------ */
+
+/* Cells by stretch, then CPU; the last column is what belongs to no CPU. */
+struct timeline {
+	struct tdb_bucket *cell, *now;   /* now: the stretch that the scan is in */
+	uint64_t end;                    /* of that stretch */
+	uint32_t columns, cells, shift;  /* cells: by CPU */
+	uint32_t raised;                 /* findings counted so far */
+};
+
+int timeline_init(struct timeline *t, uint32_t cpus);
+void timeline_deinit(struct timeline *t);
+/* The scan has applied the first event of a stretch. */
+void timeline_begin(struct timeline *t, const struct machine *m);
+/* It has applied a delivery or gap, or raised a finding. */
+void timeline_note(struct timeline *t, const struct machine *m, const struct tdb_event *e);
+
 struct tdb_replay {
 	struct inputs in;
 	struct machine scan, view;
+	struct timeline timeline;
 	struct findings findings;
 	struct snapshots snapshots;
 	uint64_t page_bytes;

@@ -225,7 +225,7 @@ static int apply_placed(struct machine *m, struct cpu *c, const struct request *
 		verdict_overwrite(m, rq, p, &before, false);
 	status = memory_store_down(&m->mem, p->frame.hi, &p->words, rq->event);
 	if (!status)
-		status = frame_open(m, &p->frame);
+		status = frame_open(m, &p->frame, p->key);
 	if (status)
 		return status;
 	c->s.ring_gap = NONE;
@@ -233,7 +233,7 @@ static int apply_placed(struct machine *m, struct cpu *c, const struct request *
 		c->s.token_busy |= c->s.token_known & 1u << p->frame.ist;
 	begin_masking(c, rq);
 	registers_entered(m, c, rq, p);
-	c->home = stack_key(m->in, p->frame.hi);
+	c->home = p->key;
 	c->placed = rq->event;
 	if (p->frame.ist)
 		window_delivery(m, c, p);

@@ -157,10 +157,9 @@ static int take_node(struct frames *fr, uint32_t *ret)
 	return TDB_OK;
 }
 
-int frame_open(struct machine *m, const struct tdb_frame *f)
+int frame_open(struct machine *m, const struct tdb_frame *f, uint64_t key)
 {
 	struct frames *fr = &m->frames;
-	uint64_t key = stack_key(m->in, f->hi);
 	struct list *list = frames_on(fr, key);
 	struct node *n;
 	uint32_t id;

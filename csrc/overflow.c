@@ -14,7 +14,7 @@ static void raise_overflow(struct machine *m, struct cpu *c, uint64_t key, struc
 /* The frame begins below the stack that it lies on. */
 void overflow_delivery(struct machine *m, struct cpu *c, const struct request *rq, const struct placement *p)
 {
-	uint64_t key = stack_key(m->in, p->frame.hi), bottom = p->frame.stack_lo;
+	uint64_t key = p->key, bottom = p->frame.stack_lo;
 	uint64_t below = stack_key(m->in, bottom);
 	bool told = stack_named(key) && !(m->in->stack[key].flags & TDB_STACK_ASSUMED);
 	bool returns = m->in->fidelity & TDB_FID_RETURNS;

@@ -106,9 +106,10 @@ static void idt_words(const struct tdb_frame *f, struct words *w)   /* R1 */
 }
 
 /* All but `saved` and what IDT and FRED frames differ in.  Field by field: this is the hottest store of all. */
-static void frame_start(const struct machine *m, const struct request *rq, uint64_t top, uint64_t size, struct tdb_frame *f)
+static void frame_start(const struct machine *m, const struct request *rq, uint64_t top, uint64_t size, struct placement *p)
 {
 	const struct tdb_cpu *c = &m->cpu[rq->cpu].s;
+	struct tdb_frame *f = &p->frame;
 
 	f->lo = top - size;
 	f->hi = top;
@@ -123,7 +124,8 @@ static void frame_start(const struct machine *m, const struct request *rq, uint6
 	memset(f->reserved, 0, sizeof(f->reserved));
 	f->reserved2 = 0;
 	f->ring_gap = c->ring_gap != NONE && in_ring_gap(&m->cpu[rq->cpu], &rq->at) ? c->ring_gap : NONE;
-	stack_bounds(m->in, stack_key(m->in, top), &f->stack_lo, &f->stack_hi);
+	p->key = stack_key(m->in, top);
+	stack_bounds(m->in, p->key, &f->stack_lo, &f->stack_hi);
 }
 
 static bool place_idt(const struct machine *m, const struct request *rq, struct placement *ret)
@@ -142,7 +144,7 @@ static bool place_idt(const struct machine *m, const struct request *rq, struct 
 	top = base & ~15ull;                               /* R3 */
 	if (top < size)
 		return false;
-	frame_start(m, rq, top, size, &ret->frame);
+	frame_start(m, rq, top, size, ret);
 	ret->frame.ist = gate->ist;
 	ret->frame.has_code = code;
 	ret->frame.gate_type = gate->type;
@@ -264,7 +266,7 @@ static bool place_fred(const struct machine *m, const struct request *rq, struct
 	top = base & ~63ull;
 	if (!is_canonical(base) || top < 64)
 		return false;
-	frame_start(m, rq, top, 64, &ret->frame);
+	frame_start(m, rq, top, 64, ret);
 	ret->frame.fred = 1;
 	ret->frame.has_code = 1;
 	ret->frame.level = (uint8_t)level;

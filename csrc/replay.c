@@ -3,7 +3,7 @@
 
 #include "core.h"
 
-#define ABI 3
+#define ABI 5
 
 int tdb_abi(void)
 {
@@ -140,6 +140,8 @@ int tdb_open(const struct tdb_config *cfg, const struct tdb_event *events, uint6
 	if (!status)
 		status = snapshots_init(&r->snapshots, cfg);
 	if (!status)
+		status = timeline_init(&r->timeline, cpus);
+	if (!status)
 		status = machine_init(&r->scan, &r->in, layout, &r->page_bytes);
 	if (!status)
 		status = machine_init(&r->view, &r->in, layout, &r->page_bytes);
@@ -166,6 +168,7 @@ void tdb_close(tdb_replay *r)
 	if (r->view.in)
 		machine_deinit(&r->view);
 	snapshots_deinit(&r->snapshots);
+	timeline_deinit(&r->timeline);
 	free(r->findings.item);
 	free(r->in.stack);
 	free(r->in.stack_top);
@@ -174,23 +177,57 @@ void tdb_close(tdb_replay *r)
 	free(r);
 }
 
+int tdb_extend(tdb_replay *r, const struct tdb_event *events, uint64_t count)
+{
+	if ((!events && count) || count < r->in.count)
+		return TDB_E_ARG;
+	if (count >= WRITER_SPLIT)
+		return TDB_E_LIMIT;
+	if (r->in.count && events != r->in.events && memcmp(events, r->in.events, r->in.count * sizeof(*events)))
+		return TDB_E_ARG;
+	r->in.events = events;
+	r->in.count = count;
+	return TDB_OK;
+}
+
+static int scan_to(tdb_replay *r, uint64_t stop)
+{
+	struct machine *m = &r->scan;
+	struct timeline *t = &r->timeline;
+
+	while (m->position < stop) {
+		const struct tdb_event *e = &r->in.events[m->position];
+		bool begins = m->position == t->end;
+		int status = machine_apply(m);
+
+		if (unlikely(status))
+			return status;
+		if (unlikely(begins))
+			timeline_begin(t, m);
+		if (e->kind == TDB_DELIVER || e->kind == TDB_GAP || unlikely(m->finding_count != t->raised)) {
+			timeline_note(t, m, e);
+			if (unlikely(r->findings.status))
+				return r->findings.status;
+		}
+	}
+	return TDB_OK;
+}
+
 int64_t tdb_scan(tdb_replay *r, uint64_t max)
 {
 	uint64_t left = r->in.count - r->scan.position, take = max < left ? max : left;
+	uint64_t end = r->scan.position + take;
 
 	if (r->broken)
 		return r->broken;
-	for (uint64_t i = 0; i < take; i++) {
-		int status = machine_apply(&r->scan);
+	while (r->scan.position < end) {
+		uint64_t interval = r->snapshots.interval, stop = (r->scan.position / interval + 1) * interval;
 
-		if (!status)
-			status = r->findings.status;
-		if (!status && r->scan.position % r->snapshots.interval == 0)
+		r->broken = scan_to(r, stop < end ? stop : end);
+		if (r->broken)
+			return r->broken;
+		if (r->scan.position == stop)
 			snapshots_take(&r->snapshots, &r->scan);
-		if (unlikely(status)) {
-			r->broken = status;
-			return status;
-		}
 	}
 	return (int64_t)take;
 }

@@ -153,7 +153,7 @@ static int restore(const struct snapshot *s, struct machine *m)
 	}
 	frames_reset(m);
 	for (uint32_t i = 0; i < s->frame_count; i++) {
-		int status = frame_open(m, &s->frame[i]);
+		int status = frame_open(m, &s->frame[i], stack_key(in, s->frame[i].hi));
 
 		if (status)
 			return status;

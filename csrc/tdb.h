@@ -372,6 +372,65 @@ struct tdb_stats {
 	uint64_t first_bad;                    /* the first of the bad events, UINT64_MAX none */
 };
 
+struct tdb_bucket {    /* what a stretch of events on a CPU was like */
+	uint32_t deliveries, findings, gaps;
+	uint32_t depth;            /* the greatest number of open frames after one of its events */
+};
+
+/* -- searching ----------------------------------------------------------------------------------------------------- */
+enum tdb_filter_test { /* bit set: that part of a filter is looked at */
+	TDB_FT_KIND = 1, TDB_FT_ARG = 2, TDB_FT_SOURCE = 4, TDB_FT_CPU = 8, TDB_FT_ADDRESS = 16, TDB_FT_FLAGS = 32
+};
+
+enum { TDB_MAX_FILTERS = 64 };
+
+struct tdb_range { uint64_t lo, last; };   /* last is part of it: a range may end with the address space */
+
+struct tdb_filter {    /* an event passes if it passes every test; a field that is not known passes none */
+	uint64_t kinds;                 /* bit kind-1 */
+	uint64_t arg[4];                /* bit n: the event's arg, a vector where it is one */
+	uint64_t cpu[64];               /* bit n: CPU n */
+	const struct tdb_range *range;  /* by address, disjoint: one of `fields` lies in one of them, for a write or a read a byte
+					   of it; what is not an address (a length, an offset, a count) never does */
+	uint32_t ranges;
+	uint32_t sources;               /* bit enum tdb_source; not known: TDB_SRC_UNKNOWN */
+	uint16_t fields;                /* enum tdb_known: RIP RSP ADDR VALUE */
+	uint8_t flags;                  /* enum tdb_event_flag: all of them set */
+	uint8_t tests;                  /* enum tdb_filter_test */
+	uint8_t invert;                 /* 1: the events that do not pass it */
+	uint8_t reserved[3];
+};
+
+struct tdb_tally {     /* how many */
+	uint64_t deliveries;
+	uint64_t vector[256];  /* of them by vector, */
+	uint64_t source[10];   /* by enum tdb_source */
+	uint64_t cpu[4096];    /* events of all kinds by CPU */
+};
+
+/* -- history -------------------------------------------------------------------------------------------------------- */
+enum tdb_touch {       /* what an event does to bytes or a frame that are watched */
+	TDB_TOUCH_WRITE = 1,   /* it stores some of the bytes (a delivery, a failed one too, a write, a move) */
+	TDB_TOUCH_READ = 2,    /* a read event loads some of them */
+	TDB_TOUCH_POP = 4,     /* a return pops some of them, whosever frame they are */
+	TDB_TOUCH_COPY = 8,    /* a move copies some of them, of the frame that it names */
+	TDB_TOUCH_END = 16     /* the frame is not open any more after it */
+};
+
+struct tdb_watch {
+	uint64_t lo, hi;       /* the bytes, at most 65536 */
+	uint32_t frame;        /* TDB_TOUCH_END: the delivery of the frame */
+	uint32_t touch;        /* enum tdb_touch: what is asked for */
+};
+
+struct tdb_hit {
+	uint64_t value;        /* the 8 bytes from lo on after the event; unknown ones are 0 */
+	uint32_t event;
+	uint8_t touch;         /* enum tdb_touch, of what was asked for */
+	uint8_t known;         /* bit b: byte b of value is known */
+	uint16_t reserved;
+};
+
 typedef struct tdb_replay tdb_replay;
 
 /** ABI number; a caller compares it with the one it was built for. */
@@ -386,6 +445,10 @@ int tdb_open(const struct tdb_config *cfg, const struct tdb_event *events, uint6
 	     const uint8_t *bytes, uint64_t bytes_size, const struct tdb_layout *layout, tdb_replay **ret);
 /** Close; NULL is fine. */
 void tdb_close(tdb_replay *r);
+/** Go on with a longer trace: events, of which there are now count, begins with the same events as the array in use and is
+ *  borrowed in its place.  Where the address differs, what was there is compared.  Neither scan nor view moves.
+ *  Errors: ARG (shorter, or other events), LIMIT (as tdb_open()). */
+int tdb_extend(tdb_replay *r, const struct tdb_event *events, uint64_t count);
 /** Go on with the forward pass by at most max events; returns how many were taken, 0 at the end.  Errors: NOMEM. */
 int64_t tdb_scan(tdb_replay *r, uint64_t max);
 /** Events covered by the forward pass. */
@@ -418,9 +481,34 @@ int tdb_get_last_frame(const tdb_replay *r, struct tdb_frame *ret);
 int tdb_digest(const tdb_replay *r, uint64_t *ret);
 /** Counters of the forward pass. */
 int tdb_get_stats(const tdb_replay *r, struct tdb_stats *ret);
+/** Events [first, first + count) of one CPU (UINT32_MAX: of all, with the greatest depth of any) in equal buckets, as far
+ *  as scanned: event i belongs to bucket (i - first) * buckets / count.  Returns the width in events of the cells that the
+ *  scan has kept, a power of two: a count stands where its cell begins, a depth wherever the cell reaches.  Findings and
+ *  gaps of no CPU count for each.  Errors: ARG (no bucket, or more of them than events), RANGE. */
+int64_t tdb_timeline(const tdb_replay *r, uint32_t cpu, uint64_t first, uint64_t count, uint32_t buckets,
+		     struct tdb_bucket *ret);
 /** Search for an event from `from` on (dir +1 or -1, from included): kind_mask bit (kind-1), vector -1 any, cpu -1 any.
  *  Looks at most at max events.  Returns the index, -3 (TDB_E_RANGE) if none was found. */
 int64_t tdb_find(const tdb_replay *r, uint64_t from, int dir, uint64_t kind_mask, int vector, int cpu, uint64_t max);
+/** Search for an event that passes all of the filters (none: any event), from `from` on (dir +1 or -1, from included).
+ *  Looks at most at max events.  Returns the index.  Errors: RANGE (none was found, or no such event), ARG. */
+int64_t tdb_find_filter(const tdb_replay *r, const struct tdb_filter *filter, uint32_t filters, uint64_t from, int dir,
+			uint64_t max);
+/** The indices of events from `from` on that pass all of the filters, at most cap, of at most max events.  Returns how many;
+ *  *next is the event to go on from, count at the end.  Entries of ret after those returned may have been written.
+ *  Errors: RANGE, ARG. */
+int64_t tdb_collect(const tdb_replay *r, const struct tdb_filter *filter, uint32_t filters, uint64_t from, uint64_t max,
+		    uint32_t *ret, uint64_t cap, uint64_t *next);
+/** Add at most max events from `from` on to a tally that the caller has zeroed.  Returns how many, 0 at the end.
+ *  Errors: RANGE, ARG. */
+int64_t tdb_tally(const tdb_replay *r, uint64_t from, uint64_t max, struct tdb_tally *ret);
+/** Move the view on, scanning first where the scan has not been, and note the events that touch what is watched.  Ends after
+ *  cap of them, after the one that ends the frame, after at most max events of work, at the end of the trace: the view stands
+ *  behind the last event that was looked at, and another call goes on there.  Returns how many were noted.
+ *  Errors: NOMEM, ARG (nothing to watch, or the frame is not open at the view's position). */
+int64_t tdb_watch(tdb_replay *r, const struct tdb_watch *watch, uint64_t max, struct tdb_hit *ret, uint64_t cap);
+/** The first event from `from` on, of at most max, whose time is known and not before `time`.  Errors: RANGE (none was found). */
+int64_t tdb_find_time(const tdb_replay *r, uint64_t from, uint64_t time, uint64_t max);
 /* cffi: end */
 
 #endif

@@ -194,8 +194,7 @@ static bool nmi_had_returned(const struct machine *m, const struct request *rq, 
 
 void verdict_overwrite(struct machine *m, const struct request *rq, struct placement *p, const struct nmi *before, bool failed)
 {
-	uint64_t key = stack_key(m->in, p->frame.hi);
-	struct list *list = frames_on(&m->frames, key);
+	struct list *list = frames_on(&m->frames, p->key);
 	bool returns = m->in->fidelity & TDB_FID_RETURNS, marked = false;
 	uint32_t prev;
 
@@ -208,7 +207,7 @@ void verdict_overwrite(struct machine *m, const struct request *rq, struct place
 		if (n->f.lo >= p->frame.hi || n->f.hi <= p->frame.lo)
 			continue;
 		if (!frame_dedicated(&p->frame)) {         /* taken from outer rings: what lay there is dead */
-			if (n->f.status != TDB_FRAME_CLOBBERED && (!stack_named(key) || n->f.cpu == rq->cpu))
+			if (n->f.status != TDB_FRAME_CLOBBERED && (!stack_named(p->key) || n->f.cpu == rq->cpu))
 				frame_close(m, n, TDB_SETTLE_CPL3);
 			continue;
 		}

@@ -25,16 +25,18 @@ from tracedbg.state import (
     Stack,
     Word,
 )
-from tracedbg.tui.facts import cpu_summary, event_lines
-from tracedbg.tui.rows import Row, RowKind, Status, build_rows
+from tracedbg.tui.facts import event_lines
+from tracedbg.tui.owners import Status
+from tracedbg.tui.rows import Picture, Row, RowKind, build_picture, build_rows, in_two
 from tracedbg.tui.session import StackWords, View
+from tracedbg.tui.strip import cpu_summary
 from tracedbg.writer import TraceWriter, build
 
 CPU = CpuState(
     cpu=0, rip=DO_NMI, rsp=None, cs=CS, ss=0, rflags=0x46, user_rsp=None, event=0, nmi_blocked=True, nmi_pending=False,
     nmi_since=0, nmi_unblocked_by=None, nmi_unblock_frame=None, mcip=False, gap=False, tss=0, idt=0,
 )  # fmt: skip
-TOP = 0x8000
+TOP = 0x48000
 STACK = Stack(TOP - 0x1000, TOP, 0, 0, True, 1)
 
 
@@ -80,7 +82,7 @@ FRED_SLOTS = ["zero", "data", "ss", "rsp", "rflags", "cs", "rip", "err"]
 def test_the_words_of_a_fred_frame_have_their_slots_open_or_left(open_frames: tuple[Frame, ...]) -> None:
     words = fred_words(lambda writer: writer.event(Kind.DELIVER, cpu=0, arg=2, source=Source.NMI))
     rows = build_rows(view(STACK, stored(TOP, FRED_VALUES, 0), open_frames, fred=True, csl=2), words)
-    assert rows[0].text.startswith("FRED level 2 [0x7000, 0x8000)")
+    assert rows[0].text.startswith("FRED level 2 [0x47000, 0x48000)")
     found = word_rows(rows)
     assert [found[TOP - 8 * n].slot for n in range(1, 9)] == FRED_SLOTS
     assert [found[TOP - 8 * n].edge for n in range(1, 9)] == ["│"] * 7 + ["╰"]
@@ -202,3 +204,88 @@ def test_fields_are_called_what_they_are(kind: Kind, fields: dict[str, int], lin
     trace = build(lambda writer: writer.event(kind, cpu=0, **fields))
     said = event_lines(trace.event(0), Words(trace), 0)
     assert [line for line in lines if f"  {line}" not in said] == []
+
+
+# -- the picture ----------------------------------------------------------------------------------------------------------
+
+
+def overwritten() -> Picture:
+    """The NMI of event 3 lies over the frame of that of event 0; CS is the same in both."""
+
+    def fill(writer: TraceWriter) -> None:
+        for vector, source in ((2, Source.NMI), (18, Source.MC), (3, Source.SOFT_INT), (2, Source.NMI)):
+            writer.event(Kind.DELIVER, cpu=0, arg=vector, source=source)
+
+    values: list[int | None] = [0, INNER.rsp, 0x46, CS, INNER.rip]
+    newest = frame(3, 2, Source.NMI, IST_NMI, INNER, victim=0)
+    stack = Stack(IST_NMI - 0x1000, IST_NMI, 0, 2, True, 1)
+    shown = view(stack, stored(IST_NMI, values, 3), (newest,), (CLOBBER,), 4)
+    return build_picture(shown, ist_words(fill))
+
+
+def test_in_two_lines_the_old_value_stands_below_the_new_one() -> None:
+    rows = overwritten().stacks[0].rows
+    split = [r for r in in_two(rows) if r.kind in (RowKind.WORD, RowKind.WAS)]
+    assert [r.kind.value for r in split] == ["word", "was", "word", "was", "word", "was", "word", "word", "was"]  # CS: the same
+    assert [r.old for r in split if r.kind is RowKind.WAS] == [
+        f"{v:016x}" for v in (OUTER.ss, OUTER.rsp, OUTER.rflags, OUTER.rip) if v is not None
+    ]
+    new, old = split[-2:]
+    assert (new.value, new.name, new.was, new.writer) == (f"{DO_NMI:016x}", "do_nmi+2", "", 3)
+    assert (old.name, old.by, old.writer, old.status) == ("default_idle+0xc6", "event 3", 0, Status.CLOBBERED)
+    kept = [(r.kind, r.addr) for r in in_two(rows) if r.kind is not RowKind.WAS]
+    assert kept == [(r.kind, r.addr) for r in rows]
+
+
+def test_a_word_that_changed_shows_what_it_held() -> None:
+    words = ist_words(lambda writer: writer.event(Kind.WRITE, cpu=0, addr=TOP - 8, arg=1, value=2))
+    shown = view(STACK, [Word(TOP - 8, 0x1102, 0b11, (0, *(None,) * 7))])
+    shown = replace(shown, stacks=(replace(shown.stacks[0], before=(Word(TOP - 8, 0x1101, 0xFF, (None,) * 8),)),))
+    row = word_rows(build_rows(shown, words))[TOP - 8]
+    assert (row.changed, row.value, row.was, row.old) == (True, "????????????1102", "0x1101", "0000000000001101")
+
+
+def test_code_addresses_outside_of_frames_have_symbols() -> None:
+    words = ist_words(lambda writer: writer.event(Kind.MARK, cpu=0))
+    found = word_rows(build_rows(view(STACK, stored(TOP, [DO_NMI, 0x1234, None], 0)), words))
+    assert [found[TOP - 8 * n].name for n in (1, 2, 3)] == ["do_nmi+2", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("change", "rsp", "fold", "text"),
+    [
+        ({}, None, "··· 510 words unknown", "bottom 0000000000047000"),
+        ({}, TOP - 8, "··· 510 words unknown", "bottom 0000000000047000, 4,088 bytes below RSP"),
+        ({"assumed": True}, None, "··· 510 words unknown", "assumed bottom 0000000000047000 (a usual size)"),
+        ({"lo": TOP - 0x20000, "hi": TOP}, None, "··· 16382 words not shown", f"bottom {TOP - 0x20000:016x}"),
+        ({"lo": TOP - 16}, None, None, "bottom 0000000000047ff0"),
+        ({"named": False}, None, None, "where this stack ends is not known"),
+    ],
+)
+def test_below_the_last_word_is_the_bottom(change: dict[str, Any], rsp: int | None, fold: str | None, text: str) -> None:
+    stack = replace(STACK, **change)
+    memory = stored(TOP, [1, 2], 0)
+    words = ist_words(lambda writer: writer.event(Kind.MARK, cpu=0))
+    rows = build_rows(view(stack, memory, rsp=rsp), words)
+    assert (rows[-1].kind, rows[-1].text) == (RowKind.BOTTOM, text)
+    assert (rows[-2].text if rows[-2].kind is RowKind.FOLD else None) == fold
+
+
+def test_runs_of_equal_words_fold_but_not_what_changed() -> None:
+    words = ist_words(lambda writer: writer.event(Kind.MARK, cpu=0))
+    memory = stored(TOP, [7, *(0xCC,) * 6, 8], 0)
+    shown = view(STACK, memory, position=2)
+    quiet = replace(shown, stacks=(replace(shown.stacks[0], before=shown.stacks[0].words),))
+    folds = [r.text for r in build_rows(quiet, words) if r.kind is RowKind.FOLD]
+    assert folds == ["··· 6 words 0xcc", "··· 504 words unknown"]
+    assert [r.text for r in build_rows(shown, words) if r.kind is RowKind.FOLD] == ["··· 504 words unknown"]
+
+
+def test_stacks_have_fixed_places_beside_each_other() -> None:
+    words = ist_words(lambda writer: writer.event(Kind.MARK, cpu=0))
+    stacks = [Stack(0x10000 * n, 0x10000 * n + 0x1000, 0, slot, True, 0) for n, slot in enumerate((3, 8, 1, 0), 1)]
+    entries = tuple(StackWords(s, tuple(stored(s.hi, [1], 0)), ()) for s in stacks)
+    state = Position(1, (replace(CPU, rsp=0x10800),), tuple(stacks), (), 0)
+    picture = build_picture(View(state, 0, entries, ()), words)
+    assert picture.stacks[0].stack.slot == 3 and picture.stacks[0].here  # RSP is there: it matters most
+    assert [s.stack.slot for s in sorted(picture.stacks, key=lambda s: s.place)] == [8, 0, 1, 3]

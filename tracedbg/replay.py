@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from types import TracebackType
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 
 from tracedbg._core import ffi, lib
 from tracedbg.errors import ReplayError
+from tracedbg.filter import MAX_FILTERS, Filter, Filters, Tally
 from tracedbg.layout import Fred, Gate, Layout, Tss
 from tracedbg.state import (
     NO_EVENT,
@@ -19,6 +21,7 @@ from tracedbg.state import (
     Finding,
     Frame,
     FrameStatus,
+    Hit,
     Kind,
     Known,
     Position,
@@ -28,13 +31,15 @@ from tracedbg.state import (
     Source,
     Stack,
     Stats,
+    Timeline,
+    Touch,
     Word,
 )
 from tracedbg.trace import Trace
 
 T = TypeVar("T")
 
-ABI = 3
+ABI = 5
 CHUNK = 1 << 20  # events per call into the core when nobody asks for less
 
 if lib.tdb_abi() != ABI:  # pragma: no cover - a stale build
@@ -68,6 +73,7 @@ class Replay:
         self._core: Any = None
         self._events: Any = None
         self._payload: Any = None
+        self._last_filters: tuple[Filters, Any, list[Any]] | None = None
         config = ffi.new("struct tdb_config *")
         lib.tdb_config_init(config)
         config.iret_fault_unblocks = iret_fault_unblocks
@@ -125,6 +131,22 @@ class Replay:
             raise ReplayError(f"replay core: {ffi.string(lib.tdb_strerror(status)).decode()}")
         return status
 
+    def extend(self) -> None:
+        """Go on with the events that the trace has grown by (Trace.lengthen). Neither scan nor view moves.
+
+        Raises ReplayError if those that were there before are other ones now.
+        """
+        view = self.trace.events  # once: another thread may lengthen it again
+        count = len(view) // ffi.sizeof("struct tdb_event")
+        events = ffi.from_buffer("struct tdb_event[]", view)
+        try:
+            self._check(lib.tdb_extend(self._handle, events, count))
+        except BaseException:
+            ffi.release(events)
+            raise
+        ffi.release(self._events)
+        self._events, self.count = events, count
+
     # -- moving -----------------------------------------------------------------------------------------------------
 
     @property
@@ -174,6 +196,55 @@ class Replay:
         found = lib.tdb_find(
             self._handle, start, direction, mask, -1 if vector is None else vector, -1 if cpu is None else cpu, limit
         )
+        return None if found < 0 else int(found)
+
+    # -- searching --------------------------------------------------------------------------------------------------
+
+    def find_match(self, filters: Filters, start: int, direction: int = 1, limit: int = 1 << 62) -> int | None:
+        """The first event from `start` on (included) that passes all filters, of `limit` events; None if there is none."""
+        if not 0 <= start < self.count:
+            return None
+        found = lib.tdb_find_filter(self._handle, *self._filters(filters), start, direction, limit)
+        return None if found == lib.TDB_E_RANGE else self._check(found)
+
+    def collect(self, filters: Filters, start: int, room: int = 1 << 16, limit: int = 1 << 62) -> tuple[array[int], int]:
+        """The events from `start` on that pass all filters, at most `room`, of `limit` events; and the event to go on from."""
+        out, after = ffi.new("uint32_t[]", room), ffi.new("uint64_t *")
+        found = self._check(lib.tdb_collect(self._handle, *self._filters(filters), start, limit, out, room, after))
+        result = array("I")
+        result.frombytes(ffi.buffer(out, found * 4))
+        return result, int(after[0])
+
+    def tally(self) -> Counting:
+        """A count of all events, to be made in pieces."""
+        return Counting(self)
+
+    def _filters(self, filters: Filters) -> tuple[Any, int]:
+        """Filters as the core wants them; the last ones are kept, as a search takes many calls."""
+        if self._last_filters is None or self._last_filters[0] is not filters:
+            self._last_filters = (filters, *_filter_structs(filters))
+        return self._last_filters[1], len(filters)
+
+    # -- history ----------------------------------------------------------------------------------------------------
+
+    def watch(
+        self, touch: Touch, lo: int = 0, hi: int = 0, frame: int = NO_EVENT, *, room: int = 1, limit: int = CHUNK
+    ) -> tuple[Hit, ...]:
+        """Move the view on and tell which events touch the bytes [lo, hi), or the frame that a delivery opened.
+
+        Ends after `room` of them, after Touch.END, after `limit` events of work or at the end of the trace, with the view
+        behind the last event looked at; call again to go on. Raises ReplayError if the frame is not open at the view.
+        """
+        what = ffi.new("struct tdb_watch *", {"lo": lo, "hi": hi, "frame": frame, "touch": int(touch)})
+        out = ffi.new("struct tdb_hit[]", room)
+        found = self._check(lib.tdb_watch(self._handle, what, limit, out, room))
+        return tuple(Hit(h.event, Touch(h.touch), h.value, h.known) for h in out[0:found])
+
+    def find_time(self, time: int, start: int = 0, limit: int = 1 << 62) -> int | None:
+        """The first event from `start` on, of `limit`, whose time is known and not before `time`; None if there is none."""
+        if not 0 <= start < self.count or time >= 1 << 64:
+            return None
+        found = lib.tdb_find_time(self._handle, start, max(time, 0), limit)
         return None if found < 0 else int(found)
 
     # -- the view ---------------------------------------------------------------------------------------------------
@@ -260,12 +331,46 @@ class Replay:
         values["first_bad"] = int(s.first_bad) if s.bad_events else None
         return Stats(**values)
 
+    def timeline(self, cpu: int | None, buckets: int, first: int = 0, count: int | None = None) -> Timeline:
+        """What `count` events (None: all others) from `first` on were like on a CPU (None: on any), in so many buckets."""
+        count = max(self.count - first, 0) if count is None else count
+        out = ffi.new("struct tdb_bucket[]", max(buckets, 1))
+        number = NO_EVENT if cpu is None else cpu
+        width = self._check(lib.tdb_timeline(self._handle, number, first, count, buckets, out))
+        with memoryview(ffi.buffer(out)) as raw, raw.cast("I") as fields_of:
+            return Timeline(width, *(tuple(fields_of[n::4].tolist()) for n in range(4)))
+
     def _all(self, kind: str, call: Callable[[Any, Any, int], int], value: Callable[[Any], T]) -> tuple[T, ...]:
         """Ask for the total, then for all. Items are converted while `out`, which owns their memory, is alive."""
         total = self._check(call(self._handle, ffi.NULL, 0))
         out = ffi.new(kind, max(total, 1))
         self._check(call(self._handle, out, total))
         return tuple(value(out[n]) for n in range(total))
+
+
+class Counting:
+    """A tally under way, from the first event to the last."""
+
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
+        self._tally = ffi.new("struct tdb_tally *")
+        self.counted = 0
+
+    def step(self, max_events: int = CHUNK) -> int:
+        """Count on; returns the events taken, 0 at the end."""
+        taken = self._replay._check(lib.tdb_tally(self._replay._handle, self.counted, max_events, self._tally))
+        self.counted += taken
+        return taken
+
+    def result(self) -> Tally:
+        """What has been counted, without zeros."""
+        t = self._tally
+        return Tally(
+            t.deliveries,
+            {n: c for n, c in enumerate(t.vector) if c},
+            {Source(n): c for n, c in enumerate(t.source) if c},
+            {n: c for n, c in enumerate(t.cpu[0 : self._replay.trace.cpus]) if c},
+        )
 
 
 NO_ADDR = (1 << 64) - 1
@@ -402,3 +507,38 @@ def _layout_struct(layout: Layout, trace: Trace) -> tuple[Any, list[Any]]:
     result.region_count, result.memory_count = len(layout.regions), len(trace.memory)
     result.fidelity = int(layout.fidelity)
     return result, keep
+
+
+def _filter_structs(filters: Filters) -> tuple[Any, list[Any]]:
+    """Filters as a C array; the list keeps their ranges alive."""
+    if len(filters) > MAX_FILTERS:
+        raise ReplayError(f"more than {MAX_FILTERS} filters")
+    out = ffi.new("struct tdb_filter[]", max(len(filters), 1))
+    keep = [_set_filter(out[n], f) for n, f in enumerate(filters)]
+    return out, keep
+
+
+def _set_filter(out: Any, f: Filter) -> Any:
+    out.invert, out.fields, out.flags = f.invert, int(f.fields), int(f.flags)
+    if f.flags:
+        out.tests |= lib.TDB_FT_FLAGS
+    if f.kinds is not None:
+        out.tests |= lib.TDB_FT_KIND
+        out.kinds = sum(1 << (kind - 1) for kind in f.kinds if kind)
+    if f.args is not None:
+        out.tests |= lib.TDB_FT_ARG
+        for n in f.args:
+            out.arg[n >> 6] |= 1 << (n & 63)
+    if f.sources is not None:
+        out.tests |= lib.TDB_FT_SOURCE
+        out.sources = sum(1 << source for source in f.sources)
+    if f.cpus is not None:
+        out.tests |= lib.TDB_FT_CPU
+        for n in f.cpus:
+            out.cpu[n >> 6] |= 1 << (n & 63)
+    if f.ranges is None:
+        return None
+    out.tests |= lib.TDB_FT_ADDRESS
+    ranges = ffi.new("struct tdb_range[]", [(lo, hi - 1) for lo, hi in f.ranges])
+    out.range, out.ranges = ranges, len(f.ranges)
+    return ranges

@@ -409,6 +409,37 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class Timeline:
+    """What equal stretches of events were like on a CPU. `width`: events that a count may stand too early."""
+
+    width: int
+    deliveries: tuple[int, ...]
+    findings: tuple[int, ...]
+    gaps: tuple[int, ...]
+    depths: tuple[int, ...]  # the greatest number of open frames after an event
+
+
+class Touch(IntFlag):
+    """What an event does to bytes, or to a frame, that are watched."""
+
+    WRITE = 1  # stores some of them: a delivery, a failed one too, a write, a move
+    READ = 2  # loads some of them (a read event)
+    POP = 4  # a return pops some of them
+    COPY = 8  # a move copies some of them
+    END = 16  # the frame is not open any more after it
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """An event that touched what was watched; `value`: the 8 bytes from the first one on after it, bit b of `known`: byte b."""
+
+    event: int
+    touch: Touch
+    value: int
+    known: int
+
+
+@dataclass(frozen=True, slots=True)
 class Position:
     """Everything a screen shows of one position, taken in one go."""
 

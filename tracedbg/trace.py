@@ -135,6 +135,15 @@ class Trace:
                 )
             yield min((number + 1) * wire.CRC_BLOCK, self.count)
 
+    def lengthen(self, view: memoryview) -> None:
+        """Go on with a longer view of the same unfinished file. Who holds the old events keeps them."""
+        self._view = view
+        self._take_rest()
+
+    def become(self, other: Trace) -> None:
+        """Take all that another trace holds, which is not to be used any more."""
+        vars(self).update(vars(other))
+
     def close(self) -> None:
         """Release the buffers.
 
@@ -230,13 +239,10 @@ class Trace:
         offset, length, _ = sections.get(wire.SECTION_KINDS["EVENTS"], (0, 0, 0))
         if offset % wire.ALIGN or length % wire.EVENT_SIZE:
             raise self._fail("EVENTS section is not aligned to 64 bytes", offset)
-        if self.unfinished and offset:
-            length = (size - offset) // wire.EVENT_SIZE * wire.EVENT_SIZE
-            # A crash may leave blocks that were allocated but never written: kind 0 is no event.
-            while length and self._view[offset + length - 4] == 0:
-                length -= wire.EVENT_SIZE
-            self.ignored = size - offset - length
         self.events_offset: int = offset
+        if self.unfinished and offset:
+            self._take_rest()
+            return
         self.events = self._view[offset : offset + length]
         if not self.unfinished:  # else there are none yet
             self._checks = self._section(sections, "CHECKS")[0]
@@ -246,6 +252,16 @@ class Trace:
             if size <= SMALL:
                 for _ in self.check():
                     pass
+
+    def _take_rest(self) -> None:
+        """What an unfinished file has behind the begin of its events are events."""
+        rest = len(self._view) - self.events_offset
+        length = rest // wire.EVENT_SIZE * wire.EVENT_SIZE
+        # A crash may leave blocks that were allocated but never written: kind 0 is no event.
+        while length and self._view[self.events_offset + length - 4] == 0:
+            length -= wire.EVENT_SIZE
+        self.ignored = rest - length
+        self.events = self._view[self.events_offset : self.events_offset + length]
 
     def _read_meta(self, data: bytes, offset: int) -> Meta:
         if len(data) > wire.MAX_META:

@@ -17,6 +17,7 @@ from tracedbg.errors import FormatError, UsageError
 from tracedbg.text import clean, clean_path
 
 if TYPE_CHECKING:
+    from tracedbg.growing import Growing
     from tracedbg.layout import Layout
     from tracedbg.replay import Replay
     from tracedbg.symbols import Symbols
@@ -43,6 +44,10 @@ def input_arguments(parser: argparse.ArgumentParser) -> None:
         "--stores", metavar="LO-HI", action="append", default=[], type=address_range,
         help="the source records every store into this range (repeatable)",
     )  # fmt: skip
+    group.add_argument(
+        "--cpu-hz", metavar="HZ", type=frequency, default=0, help="TSC frequency of a Xen trace, as 2400000000, 2400M or 2.4G"
+    )
+    group.add_argument("--vendor", choices=("vmx", "svm"), help="whose VM exits a Xen trace has (default: recognised)")
 
 
 def threads_argument(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +81,19 @@ def address_range(text: str) -> tuple[int, int]:
     return lo, hi
 
 
+def frequency(text: str) -> int:
+    """Hz: a number, with K, M or G behind it."""
+    digits = text[:-1] if text[-1:] in ("K", "M", "G") else text
+    scale = {"K": 10**3, "M": 10**6, "G": 10**9}.get(text[-1:], 1)
+    whole, dot, part = digits.partition(".")
+    hz = 0
+    if digits.isascii() and whole.isdecimal() and len(digits) <= 20 and (part.isdecimal() or not dot):
+        hz = int(whole) * scale + int(part or 0) * scale // 10 ** len(part)
+    if not 0 < hz < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{clean(text)!r} is not a frequency, like 2400000000, 2400M or 2.4G")
+    return hz
+
+
 class Inputs:
     """The input options, checked once: layouts and symbols are read before any trace."""
 
@@ -85,6 +103,8 @@ class Inputs:
         self.from_format: str | None = args.from_format
         self.monitor: tuple[str, ...] = tuple(args.monitor)
         self.stores: tuple[tuple[int, int], ...] = tuple(args.stores)
+        self.cpu_hz: int = args.cpu_hz
+        self.vendor: str | None = args.vendor
         self.layout: Layout | None = None
         for name in args.layout:
             layout = load_toml(name)
@@ -100,12 +120,21 @@ class Inputs:
         from tracedbg import formats
 
         options = formats.ReaderOptions(
-            from_format=self.from_format, layout=self.layout, monitor=self.monitor, stores=self.stores
-        )
+            from_format=self.from_format, layout=self.layout, monitor=self.monitor, stores=self.stores,
+            cpu_hz=self.cpu_hz, vendor=self.vendor,
+        )  # fmt: skip
         trace = formats.open_inputs(list(paths), options=options)
         if trace.foreign is None:
             self._add(trace)
         return trace
+
+    def follow(self, paths: Sequence[str]) -> Growing:
+        """Open a native trace that is still being written."""
+        from tracedbg.growing import Growing
+
+        if len(paths) > 1 or paths[0] == "-" or self.monitor or self.from_format not in (None, "native"):
+            raise UsageError("--follow takes one native trace")
+        return Growing(paths[0], self._add)
 
     def _add(self, trace: Trace) -> None:
         """What a reader would have taken from the options."""

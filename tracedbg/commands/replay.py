@@ -1,12 +1,13 @@
-"""`tracedbg replay`: the verdict on traces, as text or JSON."""
+"""`tracedbg replay`: the verdict on traces, in one of several forms."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from tracedbg.commands import common
 from tracedbg.errors import TracedbgError, UsageError
@@ -25,6 +26,8 @@ examples:
   tracedbg replay qemu.log                            the verdict; layout from mon_*.txt beside the log
   tracedbg replay --monitor mon.txt --symbols xen-syms.map qemu.log
   tracedbg replay --format json -o verdict.json *.tdbg
+  tracedbg replay --format markdown trace.tdbg        for an issue or a wiki
+  tracedbg replay --format html -o report.html *.tdbg one page, with the stacks at each finding
   tracedbg replay --at '#571' --stacks trace.tdbg     the stacks as memory after the source's event 571
   tracedbg replay --baseline known.json *.tdbg        only what is not in known.json counts
 
@@ -34,12 +37,13 @@ exit codes: 0 nothing that --fail-on speaks of, 1 errors (or what --fail-on says
 
 MAX_CPUS_HINTED = 4
 MAX_COMMANDS = 40
+FORMS = ("text", "json", "markdown", "sarif", "junit", "github", "html")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("traces", nargs="+", metavar="TRACE", help="native trace or foreign log; - is standard input")
-    parser.add_argument("--format", choices=("text", "json"), default="text", help="form of the report (default: text)")
+    parser.add_argument("--format", choices=FORMS, default="text", help="form of the report (default: text)")
     parser.add_argument("--at", metavar="N", help="show the state after event N (or `start`, `end`) and what is known by then")
     parser.add_argument("--stacks", action="store_true", help="show the stacks as memory (without --at: at the worst finding)")
     parser.add_argument("-v", "--verbose", action="store_true", help="details of every finding, known fixes, counters")
@@ -64,6 +68,50 @@ def _count(text: str) -> int:
     return int(text)
 
 
+class _Form(Protocol):
+    """A report of several traces that is one document. Each call gives the lines that can be written by then."""
+
+    def trace(self, result: Result, replay: Replay, inputs: Sequence[str]) -> Iterator[str]: ...
+
+    def failed(self, name: str, error: str) -> Iterator[str]: ...
+
+    def end(self) -> Iterator[str]: ...
+
+
+class _Json:
+    """The JSON form."""
+
+    def __init__(self, fail_on: str) -> None:
+        self._fail_on = fail_on
+        self._reports: list[dict[str, Any]] = []
+
+    def trace(self, result: Result, replay: Replay, inputs: Sequence[str]) -> Iterator[str]:
+        from tracedbg.report import json_report
+
+        self._reports.append(json_report.trace_report(result, self._fail_on))
+        return iter(())
+
+    def failed(self, name: str, error: str) -> Iterator[str]:
+        from tracedbg.report import json_report
+
+        self._reports.append(json_report.failed(name, error))
+        return iter(())
+
+    def end(self) -> Iterator[str]:
+        from tracedbg.report import json_report
+
+        yield json_report.dumps(json_report.document(self._reports)).rstrip("\n")
+
+
+def _form(args: argparse.Namespace) -> _Form | None:
+    if args.format == "json":
+        return _Json(args.fail_on)
+    if args.format in ("sarif", "junit", "github", "html"):
+        form: _Form = importlib.import_module(f"tracedbg.report.{args.format}").Form(args.fail_on)
+        return form
+    return None
+
+
 @dataclass(slots=True)
 class _Job:
     """What all traces of one run share."""
@@ -72,14 +120,14 @@ class _Job:
     inputs: common.Inputs
     known: Baseline | None  # the baseline to compare with
     present: Collector | None  # the one to write
-    reports: list[dict[str, Any]] = field(default_factory=list)  # for JSON
+    form: _Form | None  # None: text or Markdown, whose reports stand one below the other
 
 
 def run(args: argparse.Namespace) -> int:
     """Replay each trace; the worst verdict is the exit code."""
     recordings = common.recordings(args)
     known, present = _baselines(args)
-    job = _Job(args, common.Inputs(args), known, present)
+    job = _Job(args, common.Inputs(args), known, present, _form(args))
     if args.output is not None:
         common.check_output(args.output, args.force)
     codes: list[int] = []
@@ -93,15 +141,11 @@ def run(args: argparse.Namespace) -> int:
                 # The other traces still have their verdict.
                 common.message(str(error))
                 code = common.USAGE
-                if args.format == "json":
-                    from tracedbg.report import json_report
-
-                    job.reports.append(json_report.failed(paths[0], str(error)))
+                if job.form is not None:
+                    _write(out, job.form.failed(paths[0], str(error)))
             codes.append(code)
-        if args.format == "json":
-            from tracedbg.report import json_report
-
-            out.write(json_report.dumps(json_report.document(job.reports)))
+        if job.form is not None:
+            _write(out, job.form.end())
     if common.USAGE in codes:
         if present is not None:
             common.message(f"{args.write_baseline}: not written, as a trace could not be read")
@@ -150,15 +194,15 @@ def _one(job: _Job, paths: list[str], number: int, out: TextIO) -> int:
             position = None if args.at is None else common.position_of(args.at, trace)
             final = _result(path, trace, words, replay, args.max_findings, job.known)
             shown = final if position is None else _known_by(position, final, replay)
-            if args.format == "json":
-                from tracedbg.report import json_report
+            if job.form is not None:
+                from tracedbg.commands.reproduce import input_words
 
-                job.reports.append(json_report.trace_report(shown, args.fail_on))
+                _write(out, job.form.trace(shown, replay, input_words(args, paths)))
             else:
                 if number:
                     out.write("\n")
-                for line in _text(shown, final, replay, words, args):
-                    out.write(line + "\n")
+                text = _markdown if args.format == "markdown" else _text
+                _write(out, text(shown, final, replay, words, args, paths))
         if job.present is not None:
             job.present.add(final.findings, words)
         if final.stats.unjudged and trace.layout.is_empty:
@@ -166,6 +210,10 @@ def _one(job: _Job, paths: list[str], number: int, out: TextIO) -> int:
     if final.reaches(args.fail_on):
         return common.FINDINGS
     return common.UNKNOWN if final.unknown else common.CLEAN
+
+
+def _write(out: TextIO, lines: Iterator[str]) -> None:
+    out.writelines(f"{line}\n" for line in lines)
 
 
 def _result(
@@ -187,21 +235,42 @@ def _known_by(position: int, final: Result, replay: Replay) -> Result:
     return replace(final, findings=final.findings[: replay.raised()], stats=replay.stats(), position=position, lost=0)
 
 
-def _text(shown: Result, final: Result, replay: Replay, words: Words, args: argparse.Namespace) -> Iterator[str]:
+def _text(
+    shown: Result, final: Result, replay: Replay, words: Words, args: argparse.Namespace, paths: list[str]
+) -> Iterator[str]:
     from tracedbg.report import state_text, text
 
     if shown.position is None and not args.stacks:
         yield from text.render(shown, verbose=args.verbose, fail_on=args.fail_on)
         return
     if shown.position is None:
-        worst = min(final.findings, key=final.order, default=None)
-        replay.seek(replay.count if worst is None else worst.event + 1)
         yield from text.render(shown, verbose=args.verbose, fail_on=args.fail_on)
         yield ""
     else:
         yield from text.render_short(shown)
-        replay.seek(shown.position)
+    replay.seek(_state_position(shown, final, replay))
     yield from state_text.render(replay, words, stacks=args.stacks)
+
+
+def _state_position(shown: Result, final: Result, replay: Replay) -> int:
+    """The position whose state is shown: that of --at, else where the worst finding was raised."""
+    if shown.position is not None:
+        return shown.position
+    worst = min(final.findings, key=final.order, default=None)
+    return replay.count if worst is None else worst.event + 1
+
+
+def _markdown(
+    shown: Result, final: Result, replay: Replay, words: Words, args: argparse.Namespace, paths: list[str]
+) -> Iterator[str]:
+    from tracedbg.commands.reproduce import input_words
+    from tracedbg.report import markdown, state_text
+
+    yield from markdown.render(shown, input_words(args, paths), fail_on=args.fail_on)
+    if shown.position is not None or args.stacks:
+        replay.seek(_state_position(shown, final, replay))
+        yield ""
+        yield from markdown.block(state_text.render(replay, words, stacks=args.stacks), "text")
 
 
 def _hint(trace: Trace) -> None:

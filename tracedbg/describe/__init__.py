@@ -6,9 +6,11 @@ from tracedbg.describe.brief import BriefWords
 from tracedbg.describe.chain import ChainStep
 from tracedbg.describe.events import SHUTDOWN_WORDS
 from tracedbg.describe.findings import SETTLE_WORDS
+from tracedbg.describe.history import HistoryWords
 from tracedbg.describe.names import UNKNOWN, hex_address, saved_word, slot_of, slots_text, word_name
 from tracedbg.describe.overwrite import OVERWRITES
-from tracedbg.describe.paragraph import EVIDENCE_WORDS
+from tracedbg.describe.paragraph import EVIDENCE_WORDS, number_text
+from tracedbg.describe.parts import Part
 from tracedbg.describe.scan import ScanWords
 from tracedbg.describe.state import STATUS_WORDS, StateWords, WordRow
 from tracedbg.describe.values import BytesRow
@@ -23,10 +25,12 @@ __all__ = [
     "UNKNOWN",
     "BytesRow",
     "ChainStep",
+    "Part",
     "WordRow",
     "Words",
     "clean",
     "hex_address",
+    "number_text",
     "saved_word",
     "slot_of",
     "slots_text",
@@ -35,5 +39,5 @@ __all__ = [
 ]
 
 
-class Words(BriefWords, StateWords, ScanWords):
+class Words(HistoryWords, BriefWords, StateWords, ScanWords):
     """Says what a trace, its replay and its findings hold. Names come from `symbols`, or from the trace itself."""

@@ -107,7 +107,13 @@ class Names:
 
     def __init__(self, trace: Trace, symbols: Symbols | None = None) -> None:
         self.trace = trace
-        self.symbols = Symbols.from_bytes(trace.symbols, trace.path) if symbols is None else symbols
+        self._given = symbols
+        self.reload()
+
+    def reload(self) -> None:
+        """Take the names from the trace, also when it has become another."""
+        trace = self.trace
+        self.symbols = Symbols.from_bytes(trace.symbols, trace.path) if self._given is None else self._given
         self.stack_names = {slot: clean(name, 24) for slot, name in trace.layout.names.items()}
 
     # -- names ------------------------------------------------------------------------------------------------------

@@ -98,7 +98,8 @@ class OverwriteWords(CauseWords, ValueWords):
             # Another top: RIP and RSP are not simply the writer's.
             return f"{when}: if it is resumed from these bytes, not all of them are its own."
         new = self._mixed(finding, victim)
-        text = f"{when}: if it is resumed from these bytes, the {_back(victim)} goes to {self._other_place(new, victim.saved)}"
+        where = self._other_place(new, victim.saved)
+        text = f"{when}: if it is resumed from these bytes, the {return_of(victim)} goes to {where}"
         own = finding.slots & _RIP and finding.slots & _RSP and writer is not None and _own_handler(victim, writer)
         return text + (", back into its own handler, again and again." if own else ".")
 
@@ -155,7 +156,7 @@ def _own_handler(victim: Frame, writer: Frame) -> bool:
     return rsp is not None and victim.stack_lo < rsp <= victim.rip_addr
 
 
-def _back(victim: Frame) -> str:
+def return_of(victim: Frame) -> str:
     """What a frame will be returned through: the ERETs belong to FRED."""
     if not victim.fred:
         return "IRET"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from tracedbg import rules
-from tracedbg.describe.chain import ChainWords
+from tracedbg.describe.headings import DIFFERS, EVIDENCE, FIXES, MANUAL, NOT_OVERWRITTEN, PREVENTED, SAME
 from tracedbg.describe.names import UNKNOWN
 from tracedbg.describe.overwrite import OVERWRITES
+from tracedbg.describe.prevent import PreventWords
 from tracedbg.describe.values import BytesRow
 from tracedbg.state import Cause, Evidence, Finding, Rule
 from tracedbg.text import WIDTH, wrap
@@ -17,11 +18,10 @@ EVIDENCE_WORDS = {
     Evidence.UNKNOWN: "unknown",
 }
 
-
 TABLE_WIDTH = 74  # the widest line of the table of bytes
 
 
-class ParagraphWords(ChainWords):
+class ParagraphWords(PreventWords):
     """Says all about a finding."""
 
     def evidence_text(self, finding: Finding, at: int | None = None) -> str:
@@ -78,17 +78,46 @@ class ParagraphWords(ChainWords):
             case _:
                 return ""
 
+    def finding_prose(self, finding: Finding, at: int | None = None) -> str:
+        """The message as sentences of their own: what happened, why it could, what came of it."""
+        why = self.cause(finding)
+        said = _capital(f"{self.statement(finding, at)}{': ' + why if why else ''}.")
+        outcome = self.outcome(finding, at)
+        return f"{said} {outcome}" if outcome else said
+
+    def table_rows(self, finding: Finding, at: int | None = None) -> tuple[BytesRow, ...]:
+        """The rows of the table of bytes; none where the finding overwrites nothing."""
+        return self.bytes_rows(finding) if finding.slots and rules.finding_rule(finding, at) in OVERWRITES else ()
+
+    def table_heads(self, finding: Finding) -> tuple[str, str]:
+        """What stands above the two columns of values: `event 2's own`, `now, by event 5`."""
+        own = f"event {finding.victim.entry}'s own" if finding.victim is not None else "own"
+        return own, f"now, by event {self.writing_event(finding)}"
+
+    def writing_event(self, finding: Finding) -> int:
+        """The event that overwrote the bytes of a finding."""
+        return finding.writer.entry if finding.writer is not None else finding.event
+
+    def now_text(self, row: BytesRow) -> str:
+        """What a slot holds now, in hex."""
+        return number_text(row.now) if row.overwritten else NOT_OVERWRITTEN
+
+    def row_mark(self, row: BytesRow) -> str:
+        """How the two values of a row compare; empty where one is not known."""
+        if not row.overwritten:
+            return NOT_OVERWRITTEN
+        if row.differs:
+            return DIFFERS
+        return SAME if row.own is not None and row.now == row.own else ""
+
     def finding_text(self, finding: Finding, at: int | None = None, *, fixes: bool = True, width: int = WIDTH) -> list[str]:
         """A paragraph block for a mail."""
         rule = rules.finding_rule(finding, at)
         level = rules.finding_severity(finding, at)
         head = f"{level}: {rules.rule_id(rule)}, {self.finding_place(finding)}"
-        why = self.cause(finding)
-        said = _capital(f"{self.statement(finding, at)}{': ' + why if why else ''}.")
-        outcome = self.outcome(finding, at)
-        lines = [head, *wrap(f"{said} {outcome}" if outcome else said, "  ", width)]
-        rows = self.bytes_rows(finding)
-        if rows and finding.slots and rule in OVERWRITES:
+        lines = [head, *wrap(self.finding_prose(finding, at), "  ", width)]
+        rows = self.table_rows(finding, at)
+        if rows:
             lines += self._bytes_lines(finding, rows, width)
         chain = self.finding_chain(finding, at)
         if len(chain) > 1:
@@ -96,12 +125,17 @@ class ParagraphWords(ChainWords):
             for number, step in enumerate(chain, 1):
                 lines += wrap(f"{self.event_name(step.event)}: {step.text}", f"  {number}. ", width)
         lines.append("")
-        lines += wrap(self.evidence_text(finding, at), "  evidence: ", width)
+        lines += wrap(self.evidence_text(finding, at), f"  {EVIDENCE}: ", width)
         refs = rules.finding_refs(finding, at)
         if refs:
-            lines += wrap("; ".join(refs), "  manual:   ", width)
+            lines += wrap("; ".join(refs), f"  {MANUAL}:   ", width)
+        prevention = self.prevention(finding, at) if fixes else ()
+        if prevention:
+            lines.append(f"  {PREVENTED}:")
+            for way in prevention:
+                lines += wrap(way, "  - ", width)
         if fixes and rules.BY_RULE[rule].fixes:
-            lines.append("  known ways out:")
+            lines.append(f"  {FIXES}:")
             for fix in rules.BY_RULE[rule].fixes:
                 lines += wrap(fix, "  - ", width)
         return lines
@@ -109,13 +143,12 @@ class ParagraphWords(ChainWords):
     def _bytes_lines(self, finding: Finding, rows: tuple[BytesRow, ...], width: int) -> list[str]:
         if width < TABLE_WIDTH:
             return self._bytes_narrow(rows)
-        by = f"now, by event {finding.writer.entry if finding.writer is not None else finding.event}"
-        own = f"event {finding.victim.entry}'s own" if finding.victim is not None else "own"
+        own, by = self.table_heads(finding)
         lines = ["", f"    {'address':<16}  {'slot':<10}  {own:<18}  {by}"]
         for row in rows:
-            now = "not overwritten" if not row.overwritten else _number(row.now)
+            now = self.now_text(row)
             mark = "  *" if row.differs else ""
-            lines.append(f"    {row.addr:016x}  {row.slot:<10}  {_number(row.own):<18}  {now:<16}{mark}".rstrip())
+            lines.append(f"    {row.addr:016x}  {row.slot:<10}  {number_text(row.own):<18}  {now:<16}{mark}".rstrip())
             names = (self.symbol(row.own), self.symbol(row.now)) if row.slot == "rip" else (None, None)
             if len(names[0] or "") > 18:
                 pairs = zip(("own", "now"), names, strict=True)
@@ -128,16 +161,17 @@ class ParagraphWords(ChainWords):
         """The table for a narrow pane: the end of the address, the slot, the two values; names below."""
         lines = ["", f"  {'address':<9} {'slot':<10} {'own':<16} now"]
         for row in rows:
-            now = "not overwritten" if not row.overwritten else _number(row.now)
+            now = self.now_text(row)
             mark = " *" if row.differs else ""
-            lines.append(f"  …{row.addr & 0xFFFFFFFF:08x} {row.slot:<10} {_number(row.own):<16} {now:<16}{mark}".rstrip())
+            lines.append(f"  …{row.addr & 0xFFFFFFFF:08x} {row.slot:<10} {number_text(row.own):<16} {now:<16}{mark}".rstrip())
             if row.slot == "rip":
                 pairs = (("own", self.symbol(row.own)), ("now", self.symbol(row.now)))
                 lines += [f"  {'':<9} {'':<10} {when}: {name}" for when, name in pairs if name]
         return lines
 
 
-def _number(value: int | None) -> str:
+def number_text(value: int | None) -> str:
+    """A value of the table, in hex."""
     return UNKNOWN if value is None else f"{value:x}"
 
 

@@ -19,10 +19,15 @@ from tracedbg.writer import TraceWriter
 
 NATIVE = "tracedbg"
 CASE = "case"
+XENTRACE = "xentrace"
 OUTPUTS = (NATIVE, CASE)
 
 # Name -> module with sniff() and read(); a module is imported when its turn comes.
-_MODULES = {CASE: "tracedbg.formats.case", "qemu-int": "tracedbg.formats.qemu_log"}
+_MODULES = {
+    XENTRACE: "tracedbg.formats.xentrace",
+    CASE: "tracedbg.formats.case",
+    "qemu-int": "tracedbg.formats.qemu_log",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,8 @@ class ReaderOptions:
     """What the user gives a reader beside the input itself.
 
     `monitor`: monitor texts for the layout (instead of those found beside the log); `stores`: address ranges whose
-    software stores the source records completely; `discover`: look for layout files beside the input.
+    software stores the source records completely; `discover`: look for layout files beside the input. `cpu_hz` (0: not
+    known) and `vendor` (vmx, svm): of the CPU that a Xen trace is from.
     """
 
     from_format: str | None = None
@@ -39,6 +45,8 @@ class ReaderOptions:
     stores: tuple[tuple[int, int], ...] = ()
     symbols: bytes = b""
     discover: bool = True
+    cpu_hz: int = 0
+    vendor: str | None = None
 
 
 class Reader(Protocol):
@@ -78,7 +86,7 @@ def recognise(source: Input, wanted: str | None = None) -> str:
             return name
     if qemu_monitor.looks_like_monitor(source.head):
         raise FormatError(source.path, "QEMU monitor text, not a log: it goes with the log as --monitor", 0)
-    known = "a QEMU -d int log, a case file, a native trace"
+    known = "a QEMU -d int log, a xentrace file, a case file, a native trace"
     raise FormatError(source.path, f"not a trace or log that this program reads ({known})", 0)
 
 
@@ -96,6 +104,8 @@ def open_inputs(paths: Sequence[str], *, from_format: str | None = None, options
     inputs = _open_all(paths)
     try:
         form = recognise(inputs[0], from_format or options.from_format)
+        if form != XENTRACE and (options.cpu_hz or options.vendor):
+            raise UsageError("--cpu-hz and --vendor belong to a trace of Xen's xentrace")
         if form == NATIVE:
             return _open_native(inputs, options)
         # The file lives as long as the trace's mapping of it; nothing is left behind.

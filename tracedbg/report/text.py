@@ -117,14 +117,18 @@ def finding_lines(result: Result, group: list[Finding]) -> Iterator[str]:
 
 
 def _again(result: Result, group: list[Finding]) -> Iterator[str]:
-    words, first = result.words, group[0]
     if len(group) > 1:
-        others = ", ".join(words.event_name(f.event).removeprefix("event ") for f in group[1 : 1 + AGAIN])
-        more = f" and {len(group) - 1 - AGAIN:,} more" if len(group) > 1 + AGAIN else ""
-        cpus = len({f.cpu for f in group})
-        where = f" on {cpus:,} CPUs" if cpus > 1 else ""
-        times = f"{len(group):,} times{where}, first at {words.event_name(first.event)}; again at {others}{more}"
-        yield from wrap(times, "  ", WIDTH)
+        yield from wrap(again(result, group), "  ", WIDTH)
+
+
+def again(result: Result, group: list[Finding]) -> str:
+    """How often a group of equal findings came, and where: `3 times, first at event 5; again at 9, 12`."""
+    words, first = result.words, group[0]
+    others = ", ".join(words.event_name(f.event).removeprefix("event ") for f in group[1 : 1 + AGAIN])
+    more = f" and {len(group) - 1 - AGAIN:,} more" if len(group) > 1 + AGAIN else ""
+    cpus = len({f.cpu for f in group})
+    where = f" on {cpus:,} CPUs" if cpus > 1 else ""
+    return f"{len(group):,} times{where}, first at {words.event_name(first.event)}; again at {others}{more}"
 
 
 def stats_lines(result: Result) -> Iterator[str]:

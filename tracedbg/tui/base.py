@@ -28,14 +28,28 @@ from tracedbg.tui.event_list import EventList
 from tracedbg.tui.facts import event_lines, state_lines
 from tracedbg.tui.finding_list import FindingList
 from tracedbg.tui.found import Findings
-from tracedbg.tui.goto import HELP, parse_goto
+from tracedbg.tui.goto import HELP, Place, parse_goto
 from tracedbg.tui.help import HelpScreen
-from tracedbg.tui.lines import MOVE, LineList
+from tracedbg.tui.lines import LineList
 from tracedbg.tui.marks import GLYPHS
 from tracedbg.tui.messages import Reported
-from tracedbg.tui.session import Failed, Found, OpenReplay, Progress, ReplayLike, Search, Seek, Session, SourceSearch, View
+from tracedbg.tui.session import (
+    Failed,
+    Found,
+    Journey,
+    OpenReplay,
+    Progress,
+    ReplayLike,
+    Search,
+    Seek,
+    Session,
+    SourceSearch,
+    View,
+)
 from tracedbg.tui.stack_view import StackView
-from tracedbg.tui.theme import DARK
+from tracedbg.tui.strip import StateStrip
+from tracedbg.tui.theme import DARK, THEMES
+from tracedbg.tui.timeline import TimelineBar
 
 NARROW = 100  # columns; below, panes stand on each other
 MAX_BACK = 256
@@ -45,7 +59,6 @@ PANES = ("events", "stacks", "details", "findings")
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}  # and what the viewer returns after them
 
 _FINDING = Binding.Group("finding", compact=True)
-_CPU = Binding.Group("same cpu", compact=True)
 
 
 class Viewer(App[int]):
@@ -58,25 +71,29 @@ class Viewer(App[int]):
     TITLE = "tracedbg"
     ENABLE_COMMAND_PALETTE = False
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("j,down", "step(1)", "forward", key_display="j", group=MOVE),
-        Binding("k,up", "step(-1)", "back", key_display="k", group=MOVE),
-        Binding("l,right", "step(1)", "forward", show=False),
-        Binding("h,left", "step(-1)", "back", show=False),
-        Binding("n,f", "finding(1)", "next finding", key_display="n", group=_FINDING),
-        Binding("N,F", "finding(-1)", "previous finding", key_display="N", group=_FINDING),
-        Binding("left_square_bracket,comma", "same_cpu(-1)", "previous of CPU", key_display="[", group=_CPU),
-        Binding("right_square_bracket,full_stop", "same_cpu(1)", "next of CPU", key_display="]", group=_CPU),
-        Binding("v", "same_vector(1)", "vector", key_display="v"),
-        Binding("V", "same_vector(-1)", "previous of vector", show=False),
-        Binding("colon", "ask", "go to", key_display=":"),
-        Binding("tab", "pane(1)", "pane", key_display="Tab", priority=True),
-        Binding("shift+tab", "pane(-1)", "previous pane", show=False, priority=True),
-        Binding("z", "zoom", "zoom", show=False),
-        Binding("y", "copy", "copy", show=False),
-        Binding("ctrl+o,backspace", "jump_back", "back", show=False),
-        Binding("escape", "cancel", "cancel", show=False),
-        Binding("question_mark,f1", "help", "help", key_display="?"),
-        Binding("q", "quit", "quit"),
+        # The ids are the names of these keys in the user's configuration: they stay.
+        Binding("j,down", "step(1)", "forward", show=False, id="forward"),
+        Binding("k,up", "step(-1)", "back", show=False, id="back"),
+        Binding("l,right", "step(1)", "forward", show=False, id="forward_always"),
+        Binding("h,left", "step(-1)", "back", show=False, id="back_always"),
+        Binding("n", "next_finding(1)", "next finding", group=_FINDING, id="next_finding"),
+        Binding("N", "next_finding(-1)", "previous finding", group=_FINDING, id="previous_finding"),
+        Binding("f", "finding(1)", "next finding", show=False, id="finding"),
+        Binding("F", "finding(-1)", "previous finding", show=False, id="finding_back"),
+        Binding("left_square_bracket,comma", "same_cpu(-1)", "previous of CPU", show=False, id="previous_of_cpu"),
+        Binding("right_square_bracket,full_stop", "same_cpu(1)", "next of CPU", show=False, id="next_of_cpu"),
+        Binding("v", "same_vector(1)", "next delivery of the same vector", show=False, id="next_of_vector"),
+        Binding("V", "same_vector(-1)", "previous delivery of the same vector", show=False, id="previous_of_vector"),
+        Binding("colon", "ask", "go to", key_display=":", id="goto"),
+        # The one with priority would stand first in the footer.
+        Binding("tab", "pane(1)", "next pane", show=False, priority=True, id="next_pane"),
+        Binding("f6", "pane(1)", "pane", key_display="Tab", id="next_pane"),
+        Binding("shift+tab", "pane(-1)", "previous pane", show=False, priority=True, id="previous_pane"),
+        Binding("z", "zoom", "zoom", show=False, id="zoom"),
+        Binding("ctrl+o,backspace", "jump_back", "back", show=False, tooltip="back in the history", id="jump_back"),
+        Binding("escape", "cancel", "cancel", show=False, id="cancel"),
+        Binding("question_mark,f1", "help", "help", key_display="?", id="help"),
+        Binding("q", "quit", "quit", id="quit"),
         Binding("ctrl+c", "interrupt", show=False, priority=True),
     ]
 
@@ -111,6 +128,8 @@ class Viewer(App[int]):
 
     def compose(self) -> ComposeResult:
         yield Static(id="header", markup=False)
+        yield StateStrip(self.words, id="strip")
+        yield TimelineBar(id="timeline")
         with Container(id="panes"):
             yield EventList(self.trace, self.words, id="events")
             yield StackView(self.words, id="stacks")
@@ -121,13 +140,18 @@ class Viewer(App[int]):
         yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
-        self.register_theme(DARK)
-        self.theme = DARK.name
+        for theme in THEMES.values():
+            self.register_theme(theme)
+        self.theme = self.first_theme()
         self.animation_level = "none"
         self.query_one("#findings", FindingList).set_findings(self.findings.items, False)
         self.query_one("#events").focus()
         self.session.start()
         self._place(self.selected, center=True)
+
+    def first_theme(self) -> str:
+        """The name of the theme to begin with."""
+        return DARK.name
 
     def on_unmount(self) -> None:
         self.session.stop()
@@ -151,7 +175,7 @@ class Viewer(App[int]):
         self.selected = max(0, min(index, self.trace.count - 1))
         if self._finding is None or self.findings.items[self._finding].event != self.selected:
             self._finding = self.findings.at(self.selected)
-        self.query_one("#events", EventList).set_cursor(self.selected, center=center)
+        self.query_one("#events", EventList).select(self.selected, center=center)
         if self._finding is not None:
             self._last = self._finding
             self.query_one("#findings", FindingList).set_cursor(self._finding)
@@ -161,7 +185,7 @@ class Viewer(App[int]):
         self._seek()
 
     def _seek(self) -> None:
-        self.session.wish(Seek(self.selected + 1 if self.trace.count else 0, self._cpu()))
+        self.session.wish(Seek(self.selected + 1 if self.trace.count else 0, self._stack_cpu()))
         self.set_timer(PATIENCE, self._still_seeking)
 
     def _still_seeking(self) -> None:
@@ -173,11 +197,22 @@ class Viewer(App[int]):
     def _event(self) -> Event | None:
         return self.words.event(self.selected)
 
+    def finding_in_hand(self) -> int | None:
+        """The finding that the details tell about, else the last one whose events are still marked."""
+        for number in (self._finding, self._last):
+            if number is not None and self.findings.valid(number) is not None:
+                return number
+        return None
+
     def _cpu(self) -> int:
         event = self._event()
         if event is not None and event.known & Known.CPU and event.cpu < self.trace.cpus:
             return event.cpu
         return self.view.cpu if self.view is not None else 0
+
+    def _stack_cpu(self) -> int:
+        """The CPU whose stacks are shown."""
+        return self._cpu()
 
     # -- the session's reports -----------------------------------------------------------------------------------------
 
@@ -190,7 +225,7 @@ class Viewer(App[int]):
             self._progressed(report)
         elif isinstance(report, Found):
             self._found(report)
-        else:
+        elif isinstance(report, Failed):
             self._failed(report)
 
     def _viewed(self, view: View) -> None:
@@ -209,6 +244,9 @@ class Viewer(App[int]):
             self._open_at_finding()
         elif self._finding is None and progress.findings:
             self._finding = self.findings.at(self.selected)
+            if self._finding is not None:
+                self._last = self._finding
+                self.query_one("#findings", FindingList).set_cursor(self._finding)
         self._paint()
 
     def _open_at_finding(self) -> None:
@@ -247,18 +285,30 @@ class Viewer(App[int]):
         self._paint_header()
         self._paint_status()
         self._paint_details()
-        self.query_one("#events", EventList).set_roles(self.findings.roles(self._last))
+        self.query_one("#events", EventList).set_roles(self._event_roles())
 
     def _paint_header(self) -> None:
         count, cpus = self.trace.count, self.trace.cpus
         name = clean_path(self.trace.path).rsplit("/", 1)[-1]
         text = Text(f" {name}", "bold", no_wrap=True, overflow="ellipsis")
         at = f"event {self.selected:,} of {count:,}" if count else "no events"
+        at += self._header_note()
         scan = "" if self._done else f"  scanning {self._scanned * 100 // max(count, 1)}%"
         text.append(f"  {cpus} CPU{'' if cpus == 1 else 's'}  {at}{scan}", "not bold")
         if self.findings or self._done:
             text.append(f"  {self.findings.tally or 'no findings'}", "not bold")
         self.query_one("#header", Static).update(text, layout=False)
+
+    def _event_roles(self) -> dict[int, str]:
+        """What the list of events says of some of them: their parts in the finding in hand."""
+        return self.findings.roles(self._last)
+
+    def extend_filter(self) -> None:
+        """Look at the events that have come since, if the trace has grown."""
+
+    def _header_note(self) -> str:
+        """What a part has to say beside the position."""
+        return ""
 
     def _paint_status(self) -> None:
         text = Text(no_wrap=True, overflow="ellipsis")
@@ -318,6 +368,8 @@ class Viewer(App[int]):
     def _line_chosen(self, message: LineList.Chosen) -> None:
         if isinstance(message.lines, FindingList):
             self.go_to(self.findings.items[message.index].event, finding=message.index)
+        elif isinstance(message.lines, EventList) and self._finding is not None:
+            self.call_next(self.run_action, "explain")
         elif isinstance(message.lines, StackView):
             writer = message.lines.writer(message.index)
             if writer is None:
@@ -342,6 +394,10 @@ class Viewer(App[int]):
             self.go_to(self.findings.items[number].event, finding=number)
         else:
             self._say(f"no {'further' if direction > 0 else 'earlier'} finding{'' if self._done else ' so far'}")
+
+    def action_next_finding(self, direction: int) -> None:
+        """`n` and `N`, as long as no search has taken them."""
+        self.action_finding(direction)
 
     def action_same_cpu(self, direction: int) -> None:
         cpu = self._cpu()
@@ -377,12 +433,8 @@ class Viewer(App[int]):
         else:
             self._say("no jump to come back from")
 
-    def action_copy(self) -> None:
-        self.copy_to_clipboard("\n".join(self.query_one("#details", Details).lines))
-        self._say("copied the details (if the terminal allows it)")
-
     def action_help(self) -> None:
-        self.push_screen(HelpScreen())
+        self.push_screen(HelpScreen(self.screen))
 
     # -- the prompt ----------------------------------------------------------------------------------------------------
 
@@ -413,11 +465,23 @@ class Viewer(App[int]):
         if not message.value.strip():
             return
         try:
-            target = parse_goto(message.value, self.trace.count, self.findings.items)
+            target = parse_goto(message.value, self.place())
         except UsageError as error:
             self._say(str(error))
             return
-        if isinstance(target, SourceSearch):
-            self.session.wish(target)
-        else:
+        if isinstance(target, int):
             self.go_to(target)
+        else:
+            self.look_for(target)
+
+    def place(self) -> Place:
+        """What the goals of `:` are measured by."""
+        count = self.trace.count
+        began = self.trace.event(0).time if count else 0
+        return Place(
+            count, self.findings.items, self.selected, self.trace.cpus, self.trace.clock_hz, began, self.words.symbols
+        )  # fmt: skip
+
+    def look_for(self, wish: SourceSearch | Journey) -> None:
+        """Ask the session for a place that has to be searched for."""
+        self.session.wish(wish)

@@ -12,7 +12,7 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from tracedbg.tui.lines import MOVE, set_height
+from tracedbg.tui.lines import set_height
 
 HANG = 2  # columns that the rest of a wrapped line is indented more than its beginning
 
@@ -25,20 +25,24 @@ class Details(ScrollView, can_focus=True):
     Details { overflow-x: hidden; overflow-y: scroll; scrollbar-size-vertical: 1; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("j", "scroll_down", "down", group=MOVE),
-        Binding("k", "scroll_up", "up", group=MOVE),
+        Binding("j", "scroll_down", "down", show=False, id="down"),
+        Binding("k", "scroll_up", "up", show=False, id="up"),
         # Apart from j and k, as the inherited place of the arrows would turn the order in the footer.
-        Binding("down", "scroll_down", "down", show=False),
-        Binding("up", "scroll_up", "up", show=False),
-        Binding("g,home", "scroll_home", "top", show=False),
-        Binding("G,end", "scroll_end", "bottom", show=False),
-        Binding("pagedown,ctrl+f,ctrl+d", "page_down", "page down", show=False),
-        Binding("pageup,ctrl+b,ctrl+u", "page_up", "page up", show=False),
+        Binding("down", "scroll_down", "down", show=False, id="down"),
+        Binding("up", "scroll_up", "up", show=False, id="up"),
+        Binding("g,home", "scroll_home", "top", show=False, id="first"),
+        Binding("G,end", "scroll_end", "bottom", show=False, id="last"),
+        Binding("pagedown,ctrl+f,ctrl+d", "page_down", "page down", show=False, id="page_down"),
+        Binding("pageup,ctrl+b,ctrl+u", "page_up", "page up", show=False, id="page_up"),
+        Binding("enter", "choose", "explain", show=False, id="choose"),
     ]
     BORDER_TITLE = "Details"
 
     class Resized(Message):
         """There is another number of columns for text."""
+
+    class Chosen(Message):
+        """Enter was pressed: the user wants to know more."""
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id)
@@ -58,6 +62,9 @@ class Details(ScrollView, can_focus=True):
             self.lines = tuple(lines)
             self._wrap()
             self.scroll_to(y=0, animate=False, force=True)
+
+    def action_choose(self) -> None:
+        self.post_message(self.Chosen())
 
     def _wrap(self) -> None:
         self._wrapped = []

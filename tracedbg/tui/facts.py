@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tracedbg import x86
 from tracedbg.describe import Words, hex_address
-from tracedbg.state import CpuState, Event, EventFlag, Kind, Known, Shadow, Source
+from tracedbg.state import Event, EventFlag, Kind, Known, Source
 from tracedbg.tui.session import View
 
 _FLAGS = {
@@ -18,7 +18,6 @@ _FLAGS = {
 _RFLAGS = {x86.RFLAGS_TF: "TF", x86.RFLAGS_IF: "IF", x86.RFLAGS_NT: "NT", x86.RFLAGS_RF: "RF"}
 _UNKNOWN = "?"
 _STORED = "words saved"  # of a failed delivery
-_SHADOWS = {Shadow.STI: "STI shadow", Shadow.MOV_SS: "MOV SS shadow"}
 
 # What fields of a kind of event are called where that says more than their own name.
 _LABELS: dict[Kind, dict[str, str]] = {
@@ -35,42 +34,6 @@ _LABELS: dict[Kind, dict[str, str]] = {
     Kind.MSR: {"code": "msr"},
     Kind.VMEXIT: {"code": "reason"},
 }
-
-
-def cpu_summary(cpu: CpuState) -> str:
-    """The state that decides what can come next, short enough for a title."""
-    cpl = _UNKNOWN if cpu.cs is None else x86.cpl(cpu.cs)
-    flag = _UNKNOWN if cpu.rflags is None else int(bool(cpu.rflags & x86.RFLAGS_IF))
-    mcip = {None: _UNKNOWN, False: "0", True: "1"}[cpu.mcip]
-    return " · ".join((f"cpu {cpu.cpu}", f"CPL {cpl}", f"IF {flag}", _nmi(cpu), f"MCIP {mcip}", *_unusual(cpu)))
-
-
-def _unusual(cpu: CpuState) -> list[str]:
-    """What is not as on most CPUs at most times; the details have all of it."""
-    busy = [n for n in range(1, 8) if cpu.tokens_busy >> n & 1]
-    kernel = cpu.cs is not None and x86.cpl(cpu.cs) == 0
-    parts = (
-        (cpu.fred, f"FRED level {_UNKNOWN if cpu.csl is None else cpu.csl}"),
-        (cpu.ring_gap is not None, "RSP user's"),
-        (kernel and cpu.kernel_gs is False, "GS user's"),
-        (cpu.mce is False, "MCE 0"),
-        (cpu.gif is False, "GIF 0"),
-        (cpu.tpr, f"TPR {cpu.tpr or 0:#04x}"),
-        (busy, f"token {' '.join(f'IST{n}' for n in busy)} busy"),
-        (cpu.shadow, _SHADOWS.get(cpu.shadow, "")),
-        (cpu.smm, "SMM"),
-        (cpu.guest, "guest"),
-    )
-    return [text for there, text in parts if there]
-
-
-def _nmi(cpu: CpuState) -> str:
-    if cpu.nmi_blocked is None:
-        return "NMIs ?"
-    text = "NMIs blocked" if cpu.nmi_blocked else "NMIs not blocked"
-    if cpu.nmi_blocked and cpu.nmi_since is not None:
-        text += f" since {cpu.nmi_since}"
-    return text + (", one pending" if cpu.nmi_pending else "")
 
 
 def event_lines(event: Event, words: Words, clock_hz: int) -> list[str]:

@@ -6,11 +6,12 @@ from typing import ClassVar
 
 from rich.segment import Segment
 from rich.style import Style
+from textual.binding import Binding, BindingType
 
 from tracedbg import rules
 from tracedbg.describe import Words
 from tracedbg.state import Finding
-from tracedbg.tui.lines import LineList
+from tracedbg.tui.lines import QUIET, LineList
 from tracedbg.tui.marks import GLYPHS
 
 BRIEF_WIDTH = 80  # narrower lists say it in fewer words
@@ -21,6 +22,7 @@ class FindingList(LineList):
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"lines--cursor", "lines--focus", "marks--error", "marks--warning", "marks--note"}
     BORDER_TITLE = "Findings"
+    BINDINGS: ClassVar[list[BindingType]] = [*QUIET, Binding("enter", "choose", "go there", key_display="Enter", id="choose")]
 
     def __init__(self, words: Words, *, id: str) -> None:
         super().__init__(id=id)

@@ -16,6 +16,10 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 MOVE = Binding.Group("move", compact=True)
+QUIET = (  # for panes whose footer has no room for what goes without saying
+    Binding("j", "move(1)", "down", show=False, id="down"),
+    Binding("k", "move(-1)", "up", show=False, id="up"),
+)
 
 
 def set_height(view: ScrollView, lines: int) -> None:
@@ -34,18 +38,18 @@ class LineList(ScrollView, can_focus=True):
     LineList { overflow-x: hidden; overflow-y: scroll; scrollbar-size-vertical: 1; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("j", "move(1)", "down", group=MOVE),
-        Binding("k", "move(-1)", "up", group=MOVE),
+        Binding("j", "move(1)", "down", group=MOVE, id="down"),
+        Binding("k", "move(-1)", "up", group=MOVE, id="up"),
         # Apart from j and k, as the inherited place of the arrows would turn the order in the footer.
-        Binding("down", "move(1)", "down", show=False),
-        Binding("up", "move(-1)", "up", show=False),
-        Binding("pagedown,ctrl+f", "page(1)", "page down", show=False),
-        Binding("pageup,ctrl+b", "page(-1)", "page up", show=False),
-        Binding("ctrl+d", "page(0.5)", "half a page down", show=False),
-        Binding("ctrl+u", "page(-0.5)", "half a page up", show=False),
-        Binding("g,home", "edge(0)", "first", show=False),
-        Binding("G,end", "edge(-1)", "last", show=False),
-        Binding("enter", "choose", "choose", show=False),
+        Binding("down", "move(1)", "down", show=False, id="down"),
+        Binding("up", "move(-1)", "up", show=False, id="up"),
+        Binding("pagedown,ctrl+f", "page(1)", "page down", show=False, id="page_down"),
+        Binding("pageup,ctrl+b", "page(-1)", "page up", show=False, id="page_up"),
+        Binding("ctrl+d", "page(0.5)", "half a page down", show=False, id="half_page_down"),
+        Binding("ctrl+u", "page(-0.5)", "half a page up", show=False, id="half_page_up"),
+        Binding("g,home", "edge(0)", "first", show=False, id="first"),
+        Binding("G,end", "edge(-1)", "last", show=False, id="last"),
+        Binding("enter", "choose", "choose", show=False, id="choose"),
     ]
 
     @dataclass
@@ -82,6 +86,10 @@ class LineList(ScrollView, can_focus=True):
     def line(self, index: int, width: int, base: Style, current: bool) -> list[Segment]:
         """The segments of one line, each with a style that includes `base`."""
         raise NotImplementedError
+
+    def item(self, row: int) -> int:
+        """The number of what a row shows, for the messages."""
+        return row
 
     def part(self, name: str) -> Style:
         """A component style to be added to the base style of a line."""
@@ -170,7 +178,7 @@ class LineList(ScrollView, can_focus=True):
         index = max(0, min(index, self.count - 1))
         if index != self.cursor:
             self.set_cursor(index)
-            self.post_message(self.Moved(self, index))
+            self.post_message(self.Moved(self, self.item(index)))
 
     def action_move(self, lines: int) -> None:
         self.move_to(self.cursor + lines)
@@ -184,7 +192,7 @@ class LineList(ScrollView, can_focus=True):
 
     def action_choose(self) -> None:
         if self.count:
-            self.post_message(self.Chosen(self, self.cursor))
+            self.post_message(self.Chosen(self, self.item(self.cursor)))
 
     def on_click(self, event: events.Click) -> None:
         offset = event.get_content_offset(self)
@@ -194,6 +202,6 @@ class LineList(ScrollView, can_focus=True):
         if index >= self.count:
             return
         if event.chain > 1:
-            self.post_message(self.Chosen(self, index))
+            self.post_message(self.Chosen(self, self.item(index)))
         else:
             self.move_to(index)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from tracedbg.describe import OVERWRITES, Words, saved_word, slot_of, word_name
-from tracedbg.state import EventFlag, Finding, Frame, FrameStatus, Kind, Known, Return, Rule, Stack, Word
-from tracedbg.tui.session import StackWords, View
+from tracedbg.describe import Words
+from tracedbg.state import EventFlag, Kind, Known, Return, Stack, Word
+from tracedbg.tui.owners import WORD, Owner, Status, own_word, owners_of, slot_name
+from tracedbg.tui.session import MAX_STACK, StackWords, View
 
+AND_WAS = ", was "  # between the symbols of a RIP that was overwritten
 FOLD = 4  # that many words with one value and one writer become one row
-WORD = 8
 UNKNOWN_VALUE = "?" * 16
 MASK = (1 << 64) - 1
 
@@ -20,24 +21,18 @@ class RowKind(Enum):
     STACK = "stack"
     FRAME = "frame"
     WORD = "word"
+    WAS = "was"
     FOLD = "fold"
+    BOTTOM = "bottom"
     NOTE = "note"
-
-
-class Status(Enum):
-    """What became of a frame, as far as known at the position; its glyph says it without colour."""
-
-    NONE = " "
-    LIVE = "●"
-    MOVED = "→"
-    LEFT = "○"
-    CLOBBERED = "✗"
-    SURVIVED = "~"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the stack pane. Words have `addr` and `value`, other rows `text`, frames a `brief` one too."""
+    """One line of the stack pane. Words have `addr` and `value`, other rows `text`, frames and stacks a `brief` one too.
+
+    A row WAS is the second line of an overwritten word, where a column is too narrow for one.
+    """
 
     kind: RowKind
     text: str = ""
@@ -49,61 +44,97 @@ class Row:
     edge: str = " "
     status: Status = Status.NONE  # of the frame of a caption; of a word: CLOBBERED if it was overwritten in an open frame
     was: str = ""  # the value before, where it is another one
+    old: str = ""  # the same, as 16 digits that stand below those of `value`
     by: str = ""  # who overwrote it
     changed: bool = False  # by the event of this position
     taken: bool = False  # popped or read by it
     rsp: bool = False
-    name: str = ""  # symbols of a RIP
+    name: str = ""  # symbols: of the value, and of a RIP before
     writer: int | None = None
+    victim: int | None = None  # whose word it was
 
 
 @dataclass(frozen=True, slots=True)
-class _Owner:
-    """A frame on the stack, open or not."""
+class StackRows:
+    """One stack: its head, then its words from the top down to its bottom."""
 
-    entry: int
-    lo: int
-    hi: int
-    short: str
-    caption: str
-    brief: str
-    status: Status
-    frame: Frame | None
-    by: int | None = None  # who overwrote it
-    fred: bool = False
+    stack: Stack
+    title: str
+    rows: tuple[Row, ...]
+    here: bool  # RSP is on it
+
+    @property
+    def place(self) -> tuple[bool, int, int]:
+        """Where it stands beside others: first the stacks of RSP0 and of no slot, then IST1 to IST7."""
+        return (self.stack.slot in range(1, 8), self.stack.slot % 8, self.stack.lo)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """The stacks of a view, the one that matters most first."""
+
+    stacks: tuple[StackRows, ...]
+    notes: tuple[Row, ...]  # why there are no frames
+    empty: tuple[Row, ...]  # stacks of which nothing is known
+
+    def rows(self) -> tuple[Row, ...]:
+        """All of them below each other."""
+        return (*self.notes, *(row for stack in self.stacks for row in stack.rows), *self.empty)
 
 
 def build_rows(view: View, words: Words) -> tuple[Row, ...]:
     """All rows of the stacks of a view."""
-    rows: list[Row] = []
+    return build_picture(view, words).rows()
+
+
+def build_picture(view: View, words: Words) -> Picture:
+    """The stacks of a view."""
+    stacks: list[StackRows] = []
     empty = []
     placed = False
     for entry in _ordered(view):
-        owners = _owners(view, entry, words)
-        placed = placed or bool(owners) or (entry.stack.named and entry.stack.slot != 0)
-        here = _rsp_on(view, entry.stack)
+        stack = entry.stack
+        owners = owners_of(view, entry, words)
+        placed = placed or bool(owners) or (stack.named and stack.slot != 0)
+        here = _rsp_on(view, stack)
+        title = words.stack_title(stack)
         if not entry.words and not owners and not here:
-            empty.append(words.stack_title(entry.stack))
+            empty.append(title)
             continue
-        head = words.stack_line(entry.stack) + (", in use" if here else "")
-        rows.append(Row(RowKind.STACK, head))
-        rows += _stack_rows(view, entry, owners, words)
+        use = ", in use" if here else ""
+        brief = f"{title}, {stack.frames} open{use}"
+        head = Row(RowKind.STACK, words.stack_line(stack) + use, brief)
+        rows = _stack_rows(view, entry, owners, words)
+        stacks.append(StackRows(stack, title, (head, *rows), here))
     why = words.no_place()
     if why and not placed:  # a trace may bring TSS and gates as events
-        return (*(Row(RowKind.NOTE, text) for text in why), *rows)
-    if empty:
-        rows.append(Row(RowKind.FOLD, "nothing known of " + ", ".join(empty)))
-    return tuple(rows)
+        return Picture(tuple(stacks), tuple(Row(RowKind.NOTE, text) for text in why), ())
+    nothing = (Row(RowKind.FOLD, "nothing known of " + ", ".join(empty)),) if empty else ()
+    return Picture(tuple(stacks), (), nothing)
+
+
+def in_two(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The same with the old value of an overwritten word below the new one."""
+    result: list[Row] = []
+    for row in rows:
+        now, _, before = row.name.partition(AND_WAS)
+        if row.kind is RowKind.WORD and row.was:
+            result.append(replace(row, was="", by="", name=now))
+            result.append(replace(row, kind=RowKind.WAS, name=before, rsp=False, writer=row.victim))
+        else:
+            result.append(row)
+    return tuple(result)
 
 
 def focus_row(rows: tuple[Row, ...]) -> int:
-    """The row that a reader wants to see first: what this event overwrote, else changed, else RSP."""
+    """The row that a reader wants to see first: what this event overwrote, else changed, else RSP, else what was written."""
     tests: tuple[Callable[[Row], bool], ...] = (
         lambda r: r.changed and r.status is Status.CLOBBERED,
         lambda r: r.taken,
         lambda r: r.changed,
         lambda r: r.rsp,
         lambda r: r.status is Status.CLOBBERED,
+        lambda r: r.writer is not None,
     )
     for test in tests:
         for number, row in enumerate(rows):
@@ -131,122 +162,10 @@ def _ordered(view: View) -> list[StackWords]:
     return sorted(view.stacks, key=key)
 
 
-# -- frames -------------------------------------------------------------------------------------------------------------
-
-
-def _owners(view: View, entry: StackWords, words: Words) -> dict[int, _Owner]:
-    """Frames of a stack by their entry: open ones, overwritten ones whose evidence is still there, left ones."""
-    stack = entry.stack
-    owners: dict[int, _Owner] = {}
-    stores: dict[int, int] = {}  # frames that a store overwrote: for the core they are as live as before
-    writers = {w.addr: w.writers for w in entry.words}
-    held = {w for word in entry.words for w in word.writers}
-    for finding in view.victims:
-        victim, writer = finding.victim, finding.writer
-        if finding.raised_rule not in OVERWRITES or victim is None or not stack.lo < victim.hi <= stack.hi:
-            continue
-        by = _by(finding)
-        if any(by in writers.get(addr, ()) for addr in range(victim.lo & ~7, victim.hi, WORD)):
-            owners[victim.entry] = _victim(finding, victim, view.state.position, words)
-            if writer is None:
-                stores[victim.entry] = by
-        if writer is not None and writer.entry in held and writer.entry not in owners:
-            owners[writer.entry] = _frame_owner(writer, Status.LEFT, _gone(words.failed(writer)), words)
-    for frame in view.state.frames:
-        if stack.lo < frame.hi <= stack.hi:
-            owners[frame.entry] = _open(frame, words, stores.get(frame.entry))
-    fred = next((c.fred for c in view.state.cpus if c.cpu == view.cpu), False)
-    for number, (lo, hi) in _extents(entry.words).items():
-        if number not in owners:
-            left = _left(number, lo, hi, words, fred)
-            if left is not None:
-                owners[number] = left
-    return owners
-
-
-def _frame_owner(frame: Frame, status: Status, text: str, words: Words, by: int | None = None) -> _Owner:
-    short = words.frame_brief(frame)
-    caption = f"{words.frame_name(frame)}: {text}"
-    return _Owner(frame.entry, frame.lo, frame.hi, short, caption, f"{short}: {text}", status, frame, by, frame.fred)
-
-
-def _by(finding: Finding) -> int:
-    """Who overwrote the victim: a delivery, or the store that the finding was raised at."""
-    return finding.writer.entry if finding.writer is not None else finding.event
-
-
-def _gone(failed: bool) -> str:
-    return "not delivered" if failed else "left"
-
-
-def _open(frame: Frame, words: Words, store: int | None) -> _Owner:
-    """An open frame; `store`: the one that left its own stack and hit this frame."""
-    if frame.status is FrameStatus.CLOBBERED and frame.clobbered_by is not None:
-        text = f"still to resume, OVERWRITTEN by event {frame.clobbered_by}"
-        return _frame_owner(frame, Status.CLOBBERED, text, words, frame.clobbered_by)
-    if frame.status is FrameStatus.MOVED:
-        return _frame_owner(frame, Status.MOVED, "moved, software copied it", words)
-    if store is not None:
-        return _frame_owner(frame, Status.CLOBBERED, f"live, OVERWRITTEN by event {store}", words, store)
-    return _frame_owner(frame, Status.LIVE, "live", words)
-
-
-def _victim(finding: Finding, victim: Frame, position: int, words: Words) -> _Owner:
-    """An overwritten frame that is no longer open: what came of it is known at this position, or not yet."""
-    writer = _by(finding)
-    text = f"OVERWRITTEN by event {writer}"
-    rule = finding.rule_at(position)
-    if rule is Rule.FRAME_RELOCATED:
-        return _frame_owner(victim, Status.SURVIVED, text.lower() + ", but its context survived", words, writer)
-    if finding.consumer is not None and finding.consumer < position:
-        text += f", popped by event {finding.consumer}"
-    return _frame_owner(victim, Status.CLOBBERED, text, words, writer)
-
-
-def _extents(memory: tuple[Word, ...]) -> dict[int, tuple[int, int]]:
-    """Per writing event the range of the words that it wrote."""
-    result: dict[int, tuple[int, int]] = {}
-    for word in memory:
-        writer = word.writers[0]
-        if writer is not None:
-            lo, hi = result.get(writer, (word.addr, word.addr))
-            result[writer] = (min(lo, word.addr), max(hi, word.addr + WORD))
-    return result
-
-
-def _left(number: int, lo: int, hi: int, words: Words, fred: bool) -> _Owner | None:
-    """A frame that is no longer open, as far as its bytes still show it: its top is aligned and its size possible.
-
-    `fred`: the CPU now delivers by FRED, whose frames have another alignment and size.
-    """
-    event = words.event(number)
-    align, most = (64, 8) if fred else (16, 6)
-    if event is None or event.kind is not Kind.DELIVER or hi % align or hi - lo > most * WORD:
-        return None
-    name = words.delivery_name(event)
-    short = f"{words.delivery_brief(event)}@{number}"
-    text = _gone(bool(event.flags & EventFlag.FAILED))
-    caption = f"{name} at {words.event_name(number)}: {text}"
-    return _Owner(number, lo, hi, short, caption, f"{short}: {text}", Status.LEFT, None, fred=fred)
-
-
-_SHORT = {"error-code": "err", "event-data": "data", "ss+info": "ss"}  # to fit the column
-
-
-def _slot(owner: _Owner, addr: int) -> str:
-    name = slot_of(owner.frame, addr) if owner.frame is not None else word_name((owner.hi - 1 - addr) // WORD, owner.fred)
-    return _SHORT.get(name, name)
-
-
-def _saved(owner: _Owner, addr: int) -> tuple[int, int] | None:
-    """The word that the frame's own delivery stored at an address, and a mask of its known bits."""
-    return None if owner.frame is None else saved_word(owner.frame, addr)
-
-
 # -- words --------------------------------------------------------------------------------------------------------------
 
 
-def _stack_rows(view: View, entry: StackWords, owners: dict[int, _Owner], words: Words) -> Iterator[Row]:
+def _stack_rows(view: View, entry: StackWords, owners: dict[int, Owner], words: Words) -> Iterator[Row]:
     by_addr = {w.addr: w for w in entry.words}
     before = {w.addr: w for w in entry.before}
     rsp = _rsp(view) if _rsp_on(view, entry.stack) else None
@@ -277,6 +196,24 @@ def _stack_rows(view: View, entry: StackWords, owners: dict[int, _Owner], words:
             yield replace(row, rsp=rsp is not None and addr == rsp & ~7, taken=addr in taken)
         at += count
         expected = addr - count * WORD
+    yield from _bottom(entry.stack, expected + WORD, rsp)
+
+
+def _bottom(stack: Stack, lowest: int, rsp: int | None) -> Iterator[Row]:
+    """What lies below the lowest word that is shown: the rest of the stack, and where it ends."""
+    if not stack.named:
+        yield Row(RowKind.BOTTOM, "where this stack ends is not known", "end not known")
+        return
+    if stack.lo < lowest:
+        yield _fold((lowest - stack.lo) // WORD, "unknown" if stack.hi - stack.lo <= MAX_STACK else "not shown")
+    text = f"bottom {stack.lo:016x}"
+    free = ""
+    if rsp is not None:
+        free = f", {rsp - stack.lo:,} bytes below RSP"
+    if stack.assumed:
+        yield Row(RowKind.BOTTOM, f"assumed {text} (a usual size){free}", f"assumed bottom …{stack.lo & 0xFFFFFFFF:08x}")
+    else:
+        yield Row(RowKind.BOTTOM, text + free, text)
 
 
 def _taken(view: View, words: Words) -> range:
@@ -297,7 +234,7 @@ def _fold(count: int, what: str) -> Row:
 
 
 def _run(
-    ordered: list[int], at: int, by_addr: dict[int, Word], before: dict[int, Word], owners: dict[int, _Owner], rsp: int | None
+    ordered: list[int], at: int, by_addr: dict[int, Word], before: dict[int, Word], owners: dict[int, Owner], rsp: int | None
 ) -> int:
     """Length of the run of equal words from `at` on, outside of frames and not changed just now."""
     first = by_addr.get(ordered[at])
@@ -315,7 +252,7 @@ def _run(
     return count
 
 
-def _word_row(addr: int, word: Word | None, old: Word | None, here: list[_Owner], selected: int, words: Words) -> Row:
+def _word_row(addr: int, word: Word | None, old: Word | None, here: list[Owner], selected: int, words: Words) -> Row:
     writers = word.writers if word is not None else (None,) * WORD
     writer = next((w for w in writers if w is not None), None)
     owner = next((o for o in here if o.entry == writer), None)
@@ -327,30 +264,32 @@ def _word_row(addr: int, word: Word | None, old: Word | None, here: list[_Owner]
         RowKind.WORD,
         addr=addr,
         value=_value(word),
-        slot=_slot(shown, addr) if shown is not None else "",
+        slot=slot_name(shown, addr) if shown is not None else "",
         owner=shown.short if owner is not None and shown is not None else _writer_name(writer, words),
         edge=_edge(shown, addr),
         changed=selected in writers or (word is not None and old != word),
-        name=_symbol(word, words) if shown is not None and _slot(shown, addr) == "rip" else "",
+        name=_symbol(word, words),
         writer=writer,
     )
     if victim is not None:
         return _overwritten(row, victim, addr, word, words)
     if row.changed and old is not None and word is not None and old.known == 0xFF and old.value != word.value:
-        return replace(row, was=f"{old.value:#x}")
+        return replace(row, was=f"{old.value:#x}", old=_value(old), victim=next((w for w in old.writers if w is not None), None))
     return row
 
 
-def _overwritten(row: Row, victim: _Owner, addr: int, word: Word | None, words: Words) -> Row:
-    saved = _saved(victim, addr)
+def _overwritten(row: Row, victim: Owner, addr: int, word: Word | None, words: Words) -> Row:
+    saved = own_word(victim, addr)
     own = None if saved is None else saved[0]
     by = f"event {row.writer if row.writer is not None else victim.by}"
+    row = replace(row, victim=victim.entry)
     if saved is not None and word is not None and _same(saved, word):
         return replace(row, by=by)  # overwritten with the same value: `was` stays empty
     name = row.name
     if row.slot == "rip" and (symbol := words.symbol(own)):
-        name = f"{name or '?'}, was {symbol}"
-    return replace(row, status=victim.status, was="?" if own is None else f"{own:#x}", by=by, name=name)
+        name = f"{name or '?'}{AND_WAS}{symbol}"
+    old = UNKNOWN_VALUE if saved is None else _digits(saved[0], saved[1])
+    return replace(row, status=victim.status, was="?" if own is None else f"{own:#x}", old=old, by=by, name=name)
 
 
 def _same(saved: tuple[int, int], word: Word) -> bool:
@@ -376,11 +315,17 @@ def _writer_name(writer: int | None, words: Words) -> str:
 def _value(word: Word | None) -> str:
     if word is None:
         return UNKNOWN_VALUE
-    value = f"{word.value & MASK:016x}"
-    return "".join(value[14 - 2 * b : 16 - 2 * b] if word.known >> b & 1 else "??" for b in range(7, -1, -1))
+    return _digits(word.value & MASK, sum(0xFF << 8 * b for b in range(WORD) if word.known >> b & 1))
 
 
-def _edge(owner: _Owner | None, addr: int) -> str:
+def _digits(value: int, known: int) -> str:
+    """The digits of a word; `known`: a mask of its known bits."""
+    digits = f"{value:016x}"
+    parts = (digits[14 - 2 * b : 16 - 2 * b] if known >> 8 * b & 0xFF == 0xFF else "??" for b in range(7, -1, -1))
+    return "".join(parts)
+
+
+def _edge(owner: Owner | None, addr: int) -> str:
     if owner is None:
         return " "
     return "╰" if addr <= owner.lo + 7 else "│"

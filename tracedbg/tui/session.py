@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-from tracedbg.state import Finding, Kind, Known, Position, Rule, Stack, Stats, Word
+from tracedbg.filter import Filters
+from tracedbg.state import CpuState, Finding, Hit, Kind, Known, Position, Rule, Stack, Stats, Timeline, Touch, Word
+from tracedbg.tui.overview import Overview, Survey
+from tracedbg.tui.tasks import Counted, Matched, SearchableLike, Task
 
 SLICE = 0.005  # seconds of work between two looks at the mailbox: a new wish waits no longer than that
 REPORT = 0.05  # seconds between two reports of progress
+REST = 20  # after telling all findings, so many times as long until the next time
+SURVEY = 0.25  # seconds between two overviews of the trace
 SEARCH_STEP = 1 << 18  # events looked at in one call of find()
 MAX_STACK = 1 << 16  # bytes of one stack that a view shows
 MAX_VICTIMS = 512  # overwritten frames that a view looks up, newest first
 
 
-class ReplayLike(Protocol):
+class ReplayLike(SearchableLike, Protocol):
     """What the viewer asks of replay.Replay."""
 
     @property
@@ -27,12 +32,14 @@ class ReplayLike(Protocol):
     def scanned(self) -> int: ...
     @property
     def position(self) -> int: ...
+    def extend(self) -> None: ...
     def scan(self, max_events: int) -> int: ...
     def seek_some(self, position: int, max_events: int) -> int: ...
     def state(self) -> Position: ...
     def words(self, lo: int, hi: int) -> tuple[Word, ...]: ...
     def findings(self, first: int = 0) -> tuple[Finding, ...]: ...
     def stats(self) -> Stats: ...
+    def timeline(self, cpu: int | None, buckets: int, first: int = ..., count: int | None = ...) -> Timeline: ...
     def find(
         self,
         start: int,
@@ -42,6 +49,12 @@ class ReplayLike(Protocol):
         cpu: int | None = ...,
         limit: int = ...,
     ) -> int | None: ...
+
+
+    def find_time(self, time: int, start: int = ..., limit: int = ...) -> int | None: ...
+    def watch(
+        self, touch: Touch, lo: int = ..., hi: int = ..., frame: int = ..., *, room: int = ..., limit: int = ...
+    ) -> tuple[Hit, ...]: ...
 
 
 OpenReplay = Callable[[], AbstractContextManager[ReplayLike]]
@@ -64,6 +77,7 @@ class View:
     cpu: int
     stacks: tuple[StackWords, ...]
     victims: tuple[Finding, ...]
+    was: CpuState | None = None  # the CPU one event before
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +107,33 @@ class SourceSearch:
     number: int
 
 
-Wish = Seek | Search | SourceSearch
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Wish: the nearest event from `start` on in one direction that passes all filters. `what` words it for the user."""
+
+    start: int
+    direction: int
+    what: str
+    filters: Filters
+
+
+class Journey:
+    """Wish: a way through the trace that takes its time. A newer wish ends it, and then it has nothing to report any more."""
+
+    def steps(self, replay: ReplayLike, pace: Pace) -> Iterator[JourneyReport]:
+        """Go the way in slices of `pace.events`, each of which ends with a report."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class JourneyReport:
+    """What a journey has to tell. `passing`: it may be left out, as another one follows soon."""
+
+    passing: ClassVar[bool] = False
+    journey: Journey
+
+
+Wish = Seek | Search | SourceSearch | Match | Journey
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +146,24 @@ class Progress:
     findings: tuple[Finding, ...]
     done: bool
     stats: Stats | None = None  # once done
+    overview: Overview | None = None  # None: as before
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """Answer to a search; `index` None: nothing there."""
 
-    wish: Search | SourceSearch
+    wish: Search | SourceSearch | Match
     index: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Searching:
+    """A search has looked at that many of the events that lie in its direction."""
+
+    wish: Match
+    looked: int
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +173,7 @@ class Failed:
     error: Exception
 
 
-Report = View | Progress | Found | Failed
+Report = View | Progress | Found | Searching | Matched | Counted | JourneyReport | Failed
 
 
 class Pace:
@@ -142,7 +192,8 @@ class Pace:
 class Session(threading.Thread):
     """Owns a Replay from open to close. `post` is called from this thread and must be thread-safe.
 
-    A newer wish replaces an older one, also one under way. `idle` is set while no wish is open and the scan is complete.
+    A newer wish replaces an older one, also one under way; tasks go on between wishes. `idle` is set while no wish is open,
+    no task is left and the scan is complete.
     """
 
     def __init__(self, open_replay: OpenReplay, events: Any, post: Callable[[Report], None]) -> None:
@@ -153,14 +204,22 @@ class Session(threading.Thread):
         self._post = post
         self._changed = threading.Condition()
         self._wish: Wish | None = None
+        self._tasks: list[Task] = []
         self._stopping = False
         self._ended = False
         self._scan_pace = Pace()
         self._seek_pace = Pace()
+        self._search_pace = Pace(1 << 16)
+        self._task_reported = 0.0
+        self.survey: Survey | None = None  # to be set before the start
+        self._surveyed = 0.0
         self._findings: list[Finding] = []
         self._done = False
         self._reported = 0.0
         self._unreported = 0
+        self._grown: tuple[Any, bool] | None = None  # what grow() was told, until it is done
+        self._owing: float | None = None  # when all findings are to be told once more
+        self._rest_until = 0.0
 
     # -- called by the user interface ---------------------------------------------------------------------------------
 
@@ -170,6 +229,30 @@ class Session(threading.Thread):
             if not self._ended:
                 self.idle.clear()
                 self._wish = wish
+                self._changed.notify()
+
+    def start_task(self, task: Task) -> None:
+        """Begin a task; one of the same class that is under way is given up."""
+        with self._changed:
+            if not self._ended:
+                self.idle.clear()
+                self._tasks = [*(t for t in self._tasks if type(t) is not type(task)), task]
+                self._changed.notify()
+
+    def drop_task(self, kind: type[Task]) -> None:
+        """Give up the task of a class, if there is one."""
+        with self._changed:
+            self._tasks = [t for t in self._tasks if type(t) is not kind]
+            self._changed.notify()
+
+    def grow(self, events: Any, *, anew: bool = False) -> None:
+        """The trace has become longer; `events`: all its records now. `anew`: they are others, to be replayed once more."""
+        with self._changed:
+            if not self._ended:
+                self.idle.clear()
+                self._grown = (events, anew or (self._grown is not None and self._grown[1]))
+                if anew:
+                    self._tasks = []
                 self._changed.notify()
 
     def stop(self) -> None:
@@ -184,8 +267,10 @@ class Session(threading.Thread):
 
     def run(self) -> None:
         try:
-            with self._open() as replay:
-                self._loop(replay)
+            again = True
+            while again:
+                with self._open() as replay:
+                    again = self._loop(replay)
         except Exception as error:  # whatever it was, the thread that has a screen must tell it
             self._post(Failed(error))
         finally:
@@ -193,20 +278,51 @@ class Session(threading.Thread):
                 self._ended = True
                 self.idle.set()
 
-    def _loop(self, replay: ReplayLike) -> None:
+    def _loop(self, replay: ReplayLike) -> bool:
+        """Until the end (False), or until another Replay is needed."""
         while True:
             with self._changed:
                 if self._stopping:
-                    return
-                wish, self._wish = self._wish, None
-                if wish is None and self._done:
+                    return False
+                grown, self._grown = self._grown, None
+                idle = grown is None and self._wish is None and not self._tasks and self._done
+                if idle and self._owing is None:
                     self.idle.set()
                     self._changed.wait()
                     continue
+                if idle and self._owing is not None and self._changed.wait(max(self._owing - perf_counter(), 0)):
+                    continue
+                wish, tasks = None, self._tasks
+                if grown is None:
+                    wish, self._wish = self._wish, None
+            if grown is not None:
+                self._events, self._done = grown[0], False
+                if grown[1]:
+                    self._forget()
+                    return True
+                replay.extend()
+            elif idle:
+                self._tell_all(replay)
             if wish is not None:
                 self._answer(replay, wish)
+            for task in tasks:
+                self._work(replay, task)
             if not self._done:
                 self._scan(replay)
+
+    def _work(self, replay: ReplayLike, task: Task) -> None:
+        """One slice of a task."""
+        began = perf_counter()
+        task.step(replay, self._search_pace.events)
+        now = perf_counter()
+        self._search_pace.took(now - began)
+        if not task.done and now - self._task_reported < REPORT:
+            return
+        self._task_reported = now
+        self._post(task.report())
+        if task.done:
+            with self._changed:
+                self._tasks = [t for t in self._tasks if t is not task]
 
     def _abandoned(self) -> bool:
         return self._wish is not None or self._stopping
@@ -215,11 +331,26 @@ class Session(threading.Thread):
         began = perf_counter()
         self._done = replay.scan(self._scan_pace.events) == 0
         self._scan_pace.took(perf_counter() - began)
-        if self._done:
-            # Settled findings have changed since they were raised: only now they say the final word.
-            self._findings.clear()
-            self._unreported = 0
+        if not self._done:
+            self._tell(replay)
+        elif self._rest_until <= perf_counter():
+            self._tell_all(replay)
+        else:  # a trace that grows comes to its end again and again, and all findings may take a while
+            self._tell(replay)
+            self._owing = self._rest_until
+
+    def _tell_all(self, replay: ReplayLike) -> None:
+        """Settled findings have changed since they were raised: only at the end they say the final word."""
+        began = perf_counter()
+        self._forget()
         self._tell(replay)
+        now = perf_counter()
+        self._owing, self._rest_until = None, now + REST * (now - began)
+
+    def _forget(self) -> None:
+        self._findings.clear()
+        self._unreported = 0
+        self._owing = None
 
     def _tell(self, replay: ReplayLike) -> None:
         """Report how far the forward pass is, but not too often."""
@@ -230,7 +361,20 @@ class Session(threading.Thread):
         first, self._unreported = self._unreported, len(self._findings)
         self._reported = now
         stats = replay.stats() if self._done else None
-        self._post(Progress(replay.scanned, replay.count, first, tuple(self._findings[first:]), self._done, stats))
+        new = tuple(self._findings[first:])
+        self._post(Progress(replay.scanned, replay.count, first, new, self._done, stats, self._overview(replay, first, new, now)))
+
+    def _overview(self, replay: ReplayLike, first: int, findings: tuple[Finding, ...], now: float) -> Overview | None:
+        """The trace as known now, where it is wanted and not made just before."""
+        if self.survey is None:
+            return None
+        if not first:
+            self.survey.reset(replay.count)
+        self.survey.take(findings)
+        if not self._done and now - self._surveyed < SURVEY:
+            return None
+        self._surveyed = now
+        return self.survey.overview(replay)
 
     def _answer(self, replay: ReplayLike, wish: Wish) -> None:
         if isinstance(wish, Seek):
@@ -239,8 +383,23 @@ class Session(threading.Thread):
                 self._post(view)
         elif isinstance(wish, Search):
             self._search(replay, wish)
+        elif isinstance(wish, Match):
+            self._match(replay, wish)
+        elif isinstance(wish, Journey):
+            self._journey(replay, wish)
         else:
             self._search_source(wish)
+
+    def _journey(self, replay: ReplayLike, wish: Journey) -> None:
+        told = perf_counter()
+        for report in wish.steps(replay, self._seek_pace):
+            if not report.passing or perf_counter() - told >= REPORT:
+                told = perf_counter()
+                self._post(report)
+            if not self._done:
+                self._tell(replay)
+            if self._abandoned():
+                return
 
     def _travel(self, replay: ReplayLike, position: int) -> bool:
         """Move to a position in slices; False: a newer wish came first."""
@@ -257,15 +416,18 @@ class Session(threading.Thread):
 
     def _view(self, replay: ReplayLike, wish: Seek) -> View | None:
         before: dict[tuple[int, int], tuple[Word, ...]] = {}
+        was = None
         if wish.position > 0:
             if not self._travel(replay, wish.position - 1):
                 return None
-            before = {(s.lo, s.hi): words for s, words in self._stacks(replay, replay.state(), wish.cpu)}
+            earlier = replay.state()
+            was = next((c for c in earlier.cpus if c.cpu == wish.cpu), None)
+            before = {(s.lo, s.hi): words for s, words in self._stacks(replay, earlier, wish.cpu)}
         if not self._travel(replay, wish.position):
             return None
         state = replay.state()
         stacks = tuple(StackWords(s, words, before.get((s.lo, s.hi), ())) for s, words in self._stacks(replay, state, wish.cpu))
-        return View(state, wish.cpu, stacks, self._victims(replay, state, stacks))
+        return View(state, wish.cpu, stacks, self._victims(replay, state, stacks), was)
 
     def _stacks(self, replay: ReplayLike, state: Position, cpu: int) -> list[tuple[Stack, tuple[Word, ...]]]:
         """The CPU's stacks with their words: its named ones, those with frames of it, and the one it runs on."""
@@ -303,6 +465,24 @@ class Session(threading.Thread):
             at += wish.direction * SEARCH_STEP
             if self._abandoned():
                 return
+        self._post(Found(wish, index))
+
+    def _match(self, replay: ReplayLike, wish: Match) -> None:
+        """Look in slices, and say how far it is once it takes longer than a blink."""
+        total = max(replay.count - wish.start if wish.direction > 0 else wish.start + 1, 0)
+        looked, index, reported = 0, None, perf_counter()
+        while index is None and looked < total:
+            began = perf_counter()
+            events = self._search_pace.events
+            index = replay.find_match(wish.filters, wish.start + wish.direction * looked, wish.direction, events)
+            looked += events
+            now = perf_counter()
+            self._search_pace.took(now - began)
+            if self._abandoned():
+                return
+            if index is None and now - reported >= REPORT:
+                reported = now
+                self._post(Searching(wish, min(looked, total), total))
         self._post(Found(wish, index))
 
     def _search_source(self, wish: SourceSearch) -> None:

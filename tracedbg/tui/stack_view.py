@@ -1,34 +1,40 @@
-"""The stacks of the selected event's CPU as memory."""
+"""The stacks of a CPU as memory: side by side where there is room, else below each other."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from rich.segment import Segment
 from rich.style import Style
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.strip import Strip
 
 from tracedbg.describe import Words
-from tracedbg.tui.facts import cpu_summary
-from tracedbg.tui.lines import LineList
-from tracedbg.tui.rows import Row, RowKind, Status, build_rows, focus_row
+from tracedbg.state import Known
+from tracedbg.tui.lines import QUIET, LineList
+from tracedbg.tui.owners import Status
+from tracedbg.tui.rows import Picture, Row, RowKind, StackRows, build_picture, focus_row, in_two
 from tracedbg.tui.session import View
+from tracedbg.tui.word_line import Columns, elide, row_line
 
-_FIXED = 2 + 1 + 16 + 8  # marks, blank, value, slot
-_CAPTION = 1 + 3  # what stands before a caption
-_SHORT, _LONG = 9, 16  # digits of an address
-_OWNER_MAX = 16
-_NAME_MIN = 10  # columns that each of two symbols needs
-_NAME_LEAST = 6  # fewer tell nothing
-_AND_WAS = ", was "
-_RSP = len("◀ RSP")
+__all__ = ["StackView", "elide"]
 
-_STYLES = {
-    Status.LIVE: "stack--live",
-    Status.MOVED: "stack--left",
-    Status.LEFT: "stack--left",
-    Status.CLOBBERED: "stack--clobbered",
-    Status.SURVIVED: "stack--left",
-}
+LEAST = 46  # columns that a stack needs: address, value, slot, owner, RSP
+BELOW = 6  # lines that are to be seen below the one that matters
+_STACKS = Binding.Group("stack", compact=True)
+
+
+@dataclass(slots=True)
+class _Column:
+    """A stack, or all of them, on a stretch of the pane."""
+
+    rows: tuple[Row, ...]
+    width: int
+    widths: Columns
+    cursor: int = 0
+    top: int = 0
 
 
 class StackView(LineList):
@@ -36,123 +42,201 @@ class StackView(LineList):
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         "lines--cursor", "lines--focus", "stack--name", "stack--live", "stack--left", "stack--clobbered", "stack--changed",
-        "stack--rsp", "stack--fold", "stack--addr", "stack--note",
+        "stack--rsp", "stack--fold", "stack--addr", "stack--note", "stack--moved",
     }  # fmt: skip
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *QUIET,
+        Binding("less_than_sign", "stack(-1)", "previous stack", key_display="<", group=_STACKS),
+        Binding("greater_than_sign", "stack(1)", "next stack", key_display=">", group=_STACKS),
+        Binding("w", "app.writer", "writer", key_display="w", id="writer"),
+        Binding("enter", "choose", "to the writer of the word", show=False, id="choose"),
+    ]
     BORDER_TITLE = "Stacks"
 
     def __init__(self, words: Words, *, id: str) -> None:
         super().__init__(id=id)
         self._words = words
-        self._rows: tuple[Row, ...] = ()
-        self._owner_width = self._was_width = self._phrase_width = self._name_width = 0
+        self._picture = Picture((), (), ())
+        self._order: list[StackRows] = []  # as they stand beside each other
+        self._columns: list[_Column] = []
+        self._first = 0  # number of the first stack that is shown, of those beside each other
+        self._at = 0  # the column with the cursor
+        self._title = ""
+
+    @property
+    def _rows(self) -> tuple[Row, ...]:
+        return self._columns[self._at].rows if self._columns else ()
 
     def show_view(self, view: View) -> None:
         """Take the rows of another position."""
-        self._rows = build_rows(view, self._words)
-        # Columns are as wide as this view needs them, so that rows stand below each other.
-        self._owner_width = max((len(_owner(r.owner)) + 1 for r in self._rows if r.owner), default=0)
-        overwritten = [r for r in self._rows if r.was]
-        self._was_width = max((len(_was(r, False)) for r in overwritten), default=0)
-        self._phrase_width = max((len(_was(r, True)) for r in overwritten), default=0)
-        self._name_width = max((min(len(r.name), _OWNER_MAX) for r in overwritten), default=0)
-        self.set_count(len(self._rows))
-        cpu = next((c for c in view.state.cpus if c.cpu == view.cpu), None)
-        self.border_title = f"Stacks · {cpu_summary(cpu)}" if cpu is not None else "Stacks"
-        first = focus_row(self._rows)
-        self.cursor = first
-        # The captions of the frame and the name of the stack belong to its first word.
+        self._picture = build_picture(view, self._words)
+        event = self._words.event(view.state.position - 1)
+        other = ", not the event's" if event is not None and event.known & Known.CPU and event.cpu != view.cpu else ""
+        self._title = f" · cpu {view.cpu}{other}" if self._words.trace.cpus > 1 else ""
+        self._lay_out()
+
+    # -- layout --------------------------------------------------------------------------------------------------------
+
+    def _side_by_side(self) -> int:
+        """How many stacks stand beside each other; 1: all of them stand below each other."""
+        width = self.scrollable_content_region.width + 1
+        return 1 if self._picture.notes else max(min(width // (LEAST + 1), len(self._picture.stacks)), 1)
+
+    def _lay_out(self, wanted: StackRows | None = None) -> None:
+        """Make the columns; `wanted`: the stack that gets the cursor, else the one that matters."""
+        count, stacks = self._side_by_side(), self._picture.stacks
+        room = self.scrollable_content_region.width
+        if count == 1:
+            self._order = list(stacks)
+            self._columns = [self._column(self._picture.rows(), room)]
+            self._at = self._first = 0
+        else:
+            matters = max(stacks, key=lambda s: (_weight(s), -stacks.index(s)))
+            best = sorted([matters, *(s for s in stacks if s is not matters)][:count], key=lambda s: s.place)
+            self._order = [*best, *sorted((s for s in stacks if s not in best), key=lambda s: s.place)]
+            wanted = wanted if wanted is not None else matters
+            number = self._order.index(wanted)
+            self._first = max(0, number - count + 1)
+            shown = self._order[self._first : self._first + count]
+            each, more = divmod(room - (count - 1), count)
+            rows = [s.rows for s in shown]
+            rows[-1] += (*self._picture.empty, *self._unseen(count))
+            self._columns = [self._column(r, each + (n < more)) for n, r in enumerate(rows)]
+            self._at = number - self._first
+        for column in self._columns:
+            column.cursor = focus_row(column.rows)
+            column.top = self._top(column)
+        self._enter()
+
+    def _unseen(self, count: int) -> tuple[Row, ...]:
+        rest = [s.title for n, s in enumerate(self._order) if not self._first <= n < self._first + count]
+        return (Row(RowKind.FOLD, f"also: {', '.join(rest)} (< >)"),) if rest else ()
+
+    def _column(self, rows: tuple[Row, ...], width: int) -> _Column:
+        widths = Columns.of(rows)
+        if width < widths.one_line:
+            rows = in_two(rows)
+            widths = Columns.of(rows)
+        return _Column(rows, width, widths)
+
+    def _top(self, column: _Column) -> int:
+        """The first line to show: the captions of the frame and the name of the stack belong to its first word."""
+        first, rows, height = column.cursor, column.rows, self.scrollable_content_region.height
         lead = 0
-        while first - lead > 0 and self._rows[first - lead - 1].kind in (RowKind.FRAME, RowKind.STACK) and lead < 4:
+        while lead < min(first, 4) and rows[first - lead - 1].kind in (RowKind.FRAME, RowKind.STACK, RowKind.FOLD):
             lead += 1
-        self.scroll_to(y=0, animate=False, force=True)
-        self.show(min(first + 6, max(len(self._rows) - 1, 0)))
-        self.show(first, above=lead)
+        bottom = min(first + BELOW, len(rows) - 1)
+        return max(0, min(first - lead, len(rows) - height) if bottom >= height else 0)
+
+    def _enter(self) -> None:
+        """Let the pane scroll the column with the cursor."""
+        column = self._columns[self._at]
+        self.cursor = column.cursor
+        self.set_count(len(column.rows))
+        self.scroll_to(y=column.top, animate=False, force=True, immediate=True)
+        self._entitle()
+
+    def _entitle(self) -> None:
+        many = len(self._picture.stacks)
+        keys = f" · {self._number() + 1} of {many} < >" if many > 1 else ""
+        self.border_title = f"Stacks{self._title}{keys}"
+
+    def _number(self) -> int:
+        """Number of the stack that the cursor is in."""
+        if len(self._columns) > 1:
+            return self._first + self._at
+        heads = [n for n, row in enumerate(self._rows) if row.kind is RowKind.STACK]
+        return max(sum(n <= self.cursor for n in heads) - 1, 0)
+
+    def _leave(self) -> None:
+        column = self._columns[self._at]
+        column.cursor, column.top = self.cursor, int(self.scroll_target_y)
+
+    def on_resize(self, event: events.Resize) -> None:
+        self._lay_out()
+
+    # -- keys and mouse ------------------------------------------------------------------------------------------------
+
+    def action_stack(self, direction: int) -> None:
+        """To the next stack, or the previous one."""
+        if not self._columns:
+            return
+        if len(self._columns) == 1:
+            heads = [n for n, row in enumerate(self._rows) if row.kind is RowKind.STACK]
+            number = self._number() + direction
+            if 0 <= number < len(heads):
+                rows = self._rows[heads[number] : heads[number + 1] if number + 1 < len(heads) else None]
+                self.scroll_to(y=heads[number], animate=False, force=True, immediate=True)
+                self.set_cursor(heads[number] + (focus_row(rows) or min(1, len(rows) - 1)))
+        elif 0 <= self._at + direction < len(self._columns):
+            self._leave()
+            self._at += direction
+            self._enter()
+        elif 0 <= self._first + self._at + direction < len(self._order):
+            self._lay_out(self._order[self._first + self._at + direction])
+
+    def on_click(self, event: events.Click) -> None:
+        offset = event.get_content_offset(self)
+        if offset is None:
+            return
+        left = 0
+        for number, column in enumerate(self._columns):
+            if left <= offset.x < left + column.width and number != self._at:
+                self._leave()
+                self._at = number
+                self._enter()
+            left += column.width + 1
+        super().on_click(event)
+
+    def set_cursor(self, index: int, *, center: bool = False) -> None:
+        super().set_cursor(index, center=center)
+        self._entitle()
+        if len(self._columns) > 1:
+            self.refresh()
 
     def writer(self, index: int) -> int | None:
         """The event that wrote the word of a row."""
         return self._rows[index].writer if 0 <= index < len(self._rows) else None
 
+    def row(self, index: int) -> Row | None:
+        """The row with a number in the column of the cursor."""
+        return self._rows[index] if 0 <= index < len(self._rows) else None
+
+    # -- painting ------------------------------------------------------------------------------------------------------
+
     def line(self, index: int, width: int, base: Style, current: bool) -> list[Segment]:
-        row = self._rows[index]
-        if row.kind is RowKind.STACK:
-            name = base + self.part("stack--name")
-            return [Segment("═ ", name), Segment(f"{row.text} ", name), Segment("═" * width, name)]
-        if row.kind is RowKind.NOTE:
-            return [Segment(" ", base), Segment(row.text, base + self.part("stack--note"))]
-        if row.kind is RowKind.FOLD:
-            return [Segment("   ", base), Segment(row.text, base + self.part("stack--fold"))]
-        if row.kind is RowKind.FRAME:
-            style = base + self.part(_STYLES[row.status])
-            edge = "╭" if row.status in (Status.LIVE, Status.LEFT, Status.MOVED) else " "
-            text = row.text if len(row.text) + _CAPTION <= width else row.brief
-            return [Segment(" ", base), Segment(f"{edge}{row.status.value} {text}", style)]
-        return self._word(row, width, base)
+        column = self._columns[self._at]
+        return row_line(self._rows[index], width, base, column.widths, self.part)
 
-    def _word(self, row: Row, width: int, base: Style) -> list[Segment]:
-        rest = width - _FIXED - _RSP - self._owner_width
-        phrase = rest >= _SHORT + self._phrase_width
-        full = rest >= _LONG + (self._phrase_width if phrase else self._was_width) + self._name_width
-        with_owner = rest >= _SHORT + self._was_width
-        clobbered = row.status is Status.CLOBBERED
-        changed = base + self.part("stack--changed") if row.changed else base
-        touched = base + self.part("stack--changed") if row.changed or row.taken else base
-        digits = f"{row.addr:016x}"
-        segments = [
-            Segment("*" if row.changed else "<" if row.taken else " ", touched),
-            Segment(row.edge, base + self.part("stack--left")),
-            Segment(digits if full else f"…{digits[-_SHORT + 1 :]}", base + self.part("stack--addr")),
-            Segment(" ", base),
-            Segment(row.value, base + self.part("stack--clobbered") if clobbered else changed),
-            Segment(f" {row.slot:<6} ", base),
-        ]
-        if with_owner or not row.was:
-            segments.append(Segment(f"{_owner(row.owner):<{self._owner_width}}", base))
-        if clobbered:
-            segments.append(Segment(_was(row, phrase), base + self.part("stack--clobbered")))
-        elif row.status is Status.SURVIVED:
-            segments.append(Segment(f"~ was {row.was} ", base + self.part("stack--left")))
-        elif row.by:
-            same = f"= same value, {row.by} " if phrase else "= same value "
-            segments.append(Segment(same, base + self.part("stack--left")))
-        elif row.was:
-            segments.append(Segment(f"was {row.was} ", base + self.part("stack--changed")))
-        if row.rsp:
-            segments.append(Segment("◀ RSP ", base + self.part("stack--rsp")))
-        if row.name:
-            room = width - sum(segment.cell_length for segment in segments)
-            segments.append(Segment(_names(row.name, room), base + self.part("stack--left")))
-        return segments
+    def render_line(self, y: int) -> Strip:
+        if len(self._columns) < 2:
+            return super().render_line(y)
+        between = Segment("┃", self.rich_style + self.part("stack--fold"))
+        segments: list[Segment] = []
+        for number, column in enumerate(self._columns):
+            active = number == self._at
+            index = (int(self.scroll_offset.y) if active else column.top) + y
+            segments += [*([between] if number else []), *self._cell(column, index, active and index == self.cursor)]
+        return Strip(segments)
+
+    def _cell(self, column: _Column, index: int, current: bool) -> Strip:
+        if index >= len(column.rows):
+            return Strip.blank(column.width, self.rich_style)
+        base = self.rich_style
+        if current:
+            base += self.part("lines--focus" if self.has_focus else "lines--cursor")
+        strip = Strip(row_line(column.rows[index], column.width, base, column.widths, self.part))
+        if strip.cell_length > column.width:
+            strip = Strip([*strip.crop(0, column.width - 1), Segment("…", base)])
+        return strip.crop_extend(0, column.width, base)
 
 
-def _was(row: Row, phrase: bool) -> str:
-    return f"✗ overwritten by {row.by} (was {row.was}) " if phrase else f"✗ was {row.was} "
-
-
-def _owner(text: str) -> str:
-    """The name of an owner cut to the width of its column; the number of its event stays."""
-    if len(text) <= _OWNER_MAX:
-        return text
-    head, _, number = text.rpartition("@")
-    return f"{head[: max(_OWNER_MAX - len(number) - 2, 1)]}…@{number}"
-
-
-def _names(text: str, room: int) -> str:
-    """Symbols cut to a width in the middle, so that the offset in the function stays."""
-    if len(text) <= room:
-        return text
-    if room < _NAME_LEAST:
-        return ""
-    parts = text.split(_AND_WAS)
-    each = max((room - len(_AND_WAS) * (len(parts) - 1)) // len(parts), 0)
-    if each < _NAME_MIN:  # both do not fit: what is there now matters more
-        parts, each = parts[:1], room
-    return _AND_WAS.join(elide(part, each) for part in parts)
-
-
-def elide(name: str, room: int) -> str:
-    """`asm_common_inter…+0x1d`."""
-    if len(name) <= room:
-        return name
-    tail = name[name.rfind("+") :] if "+" in name[-8:] else ""
-    head = room - len(tail) - 1
-    return f"{name[:head]}…{tail}" if head > 0 else name[: max(room, 0)]
+def _weight(stack: StackRows) -> int:
+    """How much a stack matters: what the event overwrote, took or changed, then where RSP is."""
+    tests = (
+        any(r.status is Status.CLOBBERED and r.changed for r in stack.rows),
+        any(r.taken for r in stack.rows),
+        any(r.changed for r in stack.rows),
+        stack.here,
+    )
+    return sum(bool(test) << 3 - n for n, test in enumerate(tests))

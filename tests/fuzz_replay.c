@@ -139,6 +139,41 @@ static void make_event(struct tdb_event *e)
 		make_plausible(e);
 }
 
+/* Everything that searches, with any filter and from any place. */
+static void search(tdb_replay *r, uint64_t position)
+{
+	static struct tdb_tally tally;
+	static struct tdb_bucket buckets[64];
+	struct tdb_range range[2] = { { 0x1000, 0x2000 }, { address() | 0x8000, UINT64_MAX } };
+	struct tdb_filter filter[2] = { 0 };
+	struct tdb_watch watch = { .lo = address(), .frame = below(64), .touch = next() };
+	struct tdb_hit hits[8];
+	uint32_t found[16];
+	uint64_t on;
+
+	for (int i = 0; i < 2; i++) {
+		filter[i].kinds = next();
+		filter[i].arg[below(4)] = next();
+		filter[i].cpu[below(64)] = next();
+		filter[i].range = range;
+		filter[i].ranges = below(3);
+		filter[i].sources = (uint32_t)next();
+		filter[i].fields = (uint16_t)next();
+		filter[i].flags = (uint8_t)(below(2) ? 0 : next());
+		filter[i].tests = (uint8_t)next();
+		filter[i].invert = (uint8_t)below(2);
+	}
+	watch.hi = watch.lo + below(70000);
+	tdb_find_filter(r, filter, below(3), position, below(2) ? 1 : -1, 1 + below(1000));
+	tdb_collect(r, filter, below(3), position, 1 + below(1000), found, below(17), &on);
+	tdb_tally(r, position, 1 + below(1000), &tally);
+	tdb_timeline(r, below(CPUS + 2), below(64), below(256), 1 + below(64), buckets);
+	tdb_find_time(r, position, next(), 1 + below(1000));
+	tdb_watch(r, &watch, 1 + below(1000), hits, below(9));
+	while (tdb_seek_some(r, position, 1 << 20) > 0)
+		;
+}
+
 static void look(tdb_replay *r, uint64_t count)
 {
 	static struct tdb_stack stacks[64];
@@ -179,6 +214,7 @@ static void look(tdb_replay *r, uint64_t count)
 		tdb_get_gate(r, below(CPUS + 1), below(300), &gate);
 		tdb_find(r, position, below(2) ? 1 : -1, next(), (int)below(300) - 20, (int)below(5) - 1, 1 + below(1000));
 		tdb_get_stats(r, &stats);
+		search(r, position);
 	}
 }
 

@@ -15,7 +15,7 @@ ORDER = (
     {"errors", "text", "__init__"},
     {"x86", "wire", "state"},
     {"layout", "filter"},
-    {"output"},
+    {"output", "elf"},
     {"trace", "symbols"},
     {"writer", "growing"},
     {"formats", "record"},

@@ -144,7 +144,7 @@ def test_section_round_trip_and_subset() -> None:
     [
         (b"", None, "no symbols"),
         (b"\n\n", None, "no symbols"),
-        (b"\x7fELF\x02\x01", 0, "ELF"),
+        (b"\x7fELF\x02\x01", 0, "damaged ELF"),
         (b"ffffffff81000000 T ok\nnonsense here\n", 22, "not a line"),
         (b"\0" * 100, 0, "not a line"),
         (b"ffffffff81000000 T " + b"x" * 5000, 0, "not a line"),

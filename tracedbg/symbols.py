@@ -1,4 +1,4 @@
-"""Addresses to names: kallsyms, System.map, nm output and Xen's maps, and the SYMBOLS section of a native trace."""
+"""Addresses to names: ELF files, kallsyms, System.map, nm output and Xen's maps, and the SYMBOLS section of a native trace."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ class Symbols:
 
     @classmethod
     def parse(cls, data: bytes, path: str = "-") -> Symbols:
-        """Read the text of a map."""
+        """Read an ELF file or the text of a map."""
         if data[:4] == b"\x7fELF":
-            raise FormatError(path, "is an ELF file; give the output of `nm -n` on it", 0)
+            return cls._of_elf(data, path)
         found: list[tuple[int, tuple[int, int, bool], int, bytes]] = []
         hidden = 0
         at = 0
@@ -93,6 +93,24 @@ class Symbols:
             if hidden:
                 raise FormatError(path, "all addresses are 0: kptr_restrict hid them when the file was read")
             raise FormatError(path, "no symbols in it")
+        return cls._of_found(found)
+
+    @classmethod
+    def _of_elf(cls, data: bytes, path: str) -> Symbols:
+        from tracedbg.elf import elf_symbols  # only who gives an ELF file waits for its parser
+
+        found = []
+        for symbol in elf_symbols(data, path, MAX_SYMBOLS):
+            if symbol.address >= FIRST_ADDRESS:
+                name = symbol.name
+                order = (int(not symbol.is_code), len(name) - len(name.lstrip(b"_")), symbol.is_local)
+                found.append((symbol.address, order, symbol.size, name))
+        if not found:
+            raise FormatError(path, "no symbols in it")
+        return cls._of_found(found)
+
+    @classmethod
+    def _of_found(cls, found: list[tuple[int, tuple[int, int, bool], int, bytes]]) -> Symbols:
         found.sort(key=lambda item: (item[0], item[1]))
         if found[-1][0] >= HIGH_HALF:
             # The map of a kernel in the high half: what lies low are per-CPU offsets.

@@ -38,7 +38,7 @@ def input_arguments(parser: argparse.ArgumentParser) -> None:
         "--layout", metavar="FILE|PRESET", action="append", default=[],
         help="layout as a TOML file, or a preset: linux, xen (repeatable; `tracedbg help layout`)",
     )  # fmt: skip
-    group.add_argument("--symbols", metavar="MAP", help="System.map, kallsyms, nm output or Xen's map")
+    group.add_argument("--symbols", metavar="MAP", help="an ELF image (vmlinux), System.map, kallsyms, nm output or Xen's map")
     group.add_argument("--from", dest="from_format", metavar="FMT", help="input format, instead of recognising it by content")
     group.add_argument(
         "--stores", metavar="LO-HI", action="append", default=[], type=address_range,

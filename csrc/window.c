@@ -98,19 +98,23 @@ static void look(struct machine *m, struct cpu *c, const struct opening *o, stru
 /* The frames on the chain from the CPU's RSP; where returns are recorded, all that interrupted CPL0 too. */
 static void look_at_all(struct machine *m, struct cpu *c, uint16_t cpu, const struct opening *o)
 {
-	bool returns = m->in->fidelity & TDB_FID_RETURNS;
+	bool returns = m->in->fidelity & TDB_FID_RETURNS, marked = false;
 
 	if (!o->ists || m->watch[cpu].tail == NONE)
-		return;
-	if (c->s.known & TDB_CK_RSP)
-		mark_chain(m, cpu, c->s.rsp, o->event);
-	else if (!returns)
 		return;
 	for (uint32_t id = m->watch[cpu].tail; id != NONE; id = m->frames.node[id].watch.prev) {
 		struct node *n = frame_at(m, id);
 
-		if (n->mark == o->event || (returns && saved_knows(&n->f, TDB_K_CS) && !(n->f.saved.cs & 3)))
-			look(m, c, o, n);
+		if (!n->f.ist || n->f.status != TDB_FRAME_LIVE || n->f.hazards >> o->kind & 1)
+			continue;
+		if (!(returns && saved_knows(&n->f, TDB_K_CS) && !(n->f.saved.cs & 3))) {
+			if (!marked && c->s.known & TDB_CK_RSP)
+				mark_chain(m, cpu, c->s.rsp, o->event);
+			marked = true;
+			if (n->mark != o->event)
+				continue;
+		}
+		look(m, c, o, n);
 	}
 }
 

@@ -54,7 +54,7 @@ def native(trace: Trace) -> bytes:
 
 def text_of(trace: Trace) -> str:
     out = io.StringIO()
-    case_write.write(trace, out)
+    case_write.write_text(trace, out)
     return out.getvalue()
 
 

@@ -451,6 +451,17 @@ def test_convert_keeps_everything(run_cli: Cli, race_file: Path, tmp_path: Path)
     assert piped.stdout == race_file.read_bytes()
 
 
+def test_convert_lists_the_formats(run_cli: Cli) -> None:
+    lines = run_cli("convert", "--list", code=0).stdout.splitlines()
+    rows = {line.split()[0]: line.split()[1:3] for line in lines[1 : lines.index("")]}
+    assert rows["tracedbg"] == ["x", "x"] and rows["case"] == ["x", "x"] and rows["qemu-int"] == ["x", "-"]
+    for name, (reads, writes) in rows.items():
+        done = run_cli("convert", "--to", name, "nowhere", "out", code=2)
+        assert ("no output format" in done.stderr) == (writes == "-")
+        done = run_cli("info", "--from", name, __file__, code=2)
+        assert ("no input format" in done.stderr) == (reads == "-")
+
+
 def test_convert_takes_only_the_symbols_that_it_needs(run_cli: Cli, race_file: Path, tmp_path: Path) -> None:
     (tmp_path / "xen.map").write_text(
         "ffff82d040201e00 T nmi\nffff82d040201f00 T machine_check\nffff82d040202000 T unused\n"

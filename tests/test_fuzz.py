@@ -15,9 +15,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def sources() -> list[str]:
-    """The C files of the extension module, as the build lists them."""
-    (module,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
-    return [str(ROOT / name) for name in module["sources"]]
+    """The C files of the replay core, as the build lists them."""
+    modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    return [str(ROOT / name) for module in modules if module["name"] == "tracedbg._core" for name in module["sources"]]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,9 @@ import contextlib
 import errno
 import io
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -263,6 +265,76 @@ def text_output(path: str | None, force: bool) -> Iterator[TextIO]:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def new_file(path: str, force: bool) -> Iterator[str]:
+    """The name of a file to write, which becomes `path` when it is whole; a device or FIFO is written to then."""
+    from tracedbg.output import create_beside, output_place
+
+    place = output_place(path, force)
+    temporary = None
+    try:
+        if place is None:
+            file, temporary = create_beside(os.path.join(tempfile.gettempdir(), "tracedbg"))
+        else:
+            file, temporary = create_beside(place)
+        file.close()
+        yield temporary
+        if place is not None:
+            os.replace(temporary, place)
+            temporary = None
+            return
+        with open(temporary, "rb") as whole, open(path, "wb") as out:
+            shutil.copyfileobj(whole, out)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def check_directory(path: str, force: bool) -> None:
+    """Refuse an output directory that exists: with `force` too, unless it is a CTF trace (it has a file `metadata`) or empty."""
+    if not path:
+        raise UsageError("the name of the output is empty")
+    if not os.path.lexists(path):
+        return
+    if not os.path.isdir(path) or os.path.islink(path):
+        raise FormatError(path, "is there and no directory")
+    if os.listdir(path):
+        if not force:
+            raise UsageError(f"{path} exists; --force overwrites it")
+        if not os.path.isfile(os.path.join(path, "metadata")):
+            raise UsageError(f"{path} holds other things than a trace: not overwritten")
+
+
+@contextlib.contextmanager
+def new_directory(path: str, force: bool) -> Iterator[str]:
+    """The name of an empty directory to fill, which becomes `path` when it is whole."""
+    check_directory(path, force)
+    target = os.path.abspath(path)
+    temporary = None
+    try:
+        temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(target)[:40]}.", dir=os.path.dirname(target))
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o777 & ~umask)
+        yield temporary
+        if os.path.isdir(target) and os.listdir(target):
+            old = tempfile.mkdtemp(prefix=f".{os.path.basename(target)[:40]}.", dir=os.path.dirname(target))
+            os.replace(target, old)
+            os.replace(temporary, target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, target)
+        temporary = None
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _cannot_write(path: str, error: OSError) -> Exception:

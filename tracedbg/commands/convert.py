@@ -1,9 +1,8 @@
-"""`tracedbg convert`: traces into one native file with layout and symbols, or into a case file."""
+"""`tracedbg convert`: foreign traces into one native file with layout and symbols, and traces into the formats of other tools."""
 
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import shutil
 import struct
@@ -16,14 +15,16 @@ from tracedbg.errors import UsageError
 from tracedbg.text import clean_path
 
 if TYPE_CHECKING:
+    from tracedbg.formats import Format
     from tracedbg.symbols import Symbols
     from tracedbg.trace import Trace
     from tracedbg.writer import TraceWriter
 
 NAME = "convert"
-HELP = "write a native trace (.tdbg) that holds events, layout and symbols, or the same as text (.case)"
+HELP = "read a foreign trace into a native one (.tdbg), or write a trace in the format of another tool"
 EPILOG = """\
 examples:
+  tracedbg convert --list                             the formats
   tracedbg convert --symbols xen-syms.map qemu.log crash.tdbg
   tracedbg convert --monitor mon.txt qemu.log.gz crash.tdbg
   tracedbg convert x.1 x.2 x.3 run.tdbg               one log a thread (-d int,tid -D x.%d)
@@ -34,15 +35,39 @@ examples:
 CHUNK = 1 << 16  # events copied at a time
 
 
+class _List(argparse.Action):
+    """--list: print the formats and stop, whatever else is missing on the command line."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        sys.stdout.writelines(f"{line}\n" for line in listing())
+        sys.stdout.flush()
+        parser.exit()
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("inputs", nargs="+", metavar="IN", help="inputs; several are the thread files of one run; - is stdin")
-    parser.add_argument("output", metavar="OUT", help="native trace to write, or a case file (*.case); - is stdout")
-    parser.add_argument(
-        "--to", dest="to_format", metavar="FMT", help="output format: tracedbg or case (default: by the suffix of OUT)"
-    )
+    parser.add_argument("output", metavar="OUT", help="what to write: a native trace, or another format; - is stdout")
+    parser.add_argument("--to", dest="to_format", metavar="FMT", help="output format (default: by the suffix of OUT)")
+    parser.add_argument("--list", action=_List, nargs=0, help="list the formats and exit")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     common.input_arguments(parser)
+
+
+def listing() -> list[str]:
+    """The formats, a line each."""
+    from tracedbg.formats.registry import FORMATS
+
+    lines = ["name        in  out  suffix     what"]
+    for form in FORMATS:
+        more = f" (needs tracedbg[{form.extra}])" if form.extra else ""
+        marks = f"{'x' if form.reads else '-'}   {'x' if form.writes else '-'}"
+        suffixes = " ".join(form.suffixes) or "-"
+        lines.append(f"{form.name:<12}{marks}    {suffixes:<11}{form.what}{more}")
+    lines.append("")
+    lines.append("An input is recognised by its content. Verdicts are written by `tracedbg replay --format`:")
+    lines.append("text, json, markdown, sarif, junit, github, html.")
+    return lines
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,50 +76,63 @@ def run(args: argparse.Namespace) -> int:
 
     common.read_once(args.inputs)
     form = formats.output_format(args.output, args.to_format)
-    common.check_output(args.output, args.force)
-    if form == formats.NATIVE and args.output in common.STDOUT and sys.stdout.isatty():
-        raise UsageError("a native trace is binary: give a file, or send stdout elsewhere")
+    to_stdout = args.output in common.STDOUT
+    if to_stdout and form.directory:
+        raise UsageError(f"--to {form.name} writes a directory: give its name")
+    if to_stdout and not form.text and sys.stdout.isatty():
+        raise UsageError(f"--to {form.name} is binary: give a file, or send stdout elsewhere")
+    if form.directory:
+        common.check_directory(args.output, args.force)
+    else:
+        common.check_output(args.output, args.force)
     inputs = common.Inputs(args)
     with inputs.open(args.inputs) as trace:
-        if form == formats.CASE:
-            _write_case(trace, args.output, args.force, inputs.symbols)
-        else:
+        if form.name == formats.NATIVE and not to_stdout:
             _write_native(trace, args.output, args.force, inputs.symbols)
+        elif to_stdout:
+            _to_stdout(form, trace, inputs.symbols)
+        else:
+            with (common.new_directory if form.directory else common.new_file)(args.output, args.force) as path:
+                _write_foreign(form, trace, path, inputs.symbols)
         count, cpus = trace.count, trace.cpus
     if sys.stderr.isatty():
         common.message(f"{clean_path(args.output)}: {count:,} events of {cpus} CPU{'' if cpus == 1 else 's'}")
     return common.CLEAN
 
 
-def _write_native(trace: Trace, output: str, force: bool, symbols: Symbols | None) -> None:
+def _to_stdout(form: Format, trace: Trace, symbols: Symbols | None) -> None:
+    """By way of a file: a writer may go back in it, and nothing is written if it fails."""
+    from tracedbg import formats
     from tracedbg.writer import TraceWriter
 
-    if output in common.STDOUT:
-        with tempfile.TemporaryFile() as file:
+    with tempfile.NamedTemporaryFile() as file:
+        if form.name == formats.NATIVE:
             writer = TraceWriter(cast(BinaryIO, file), cpus=trace.cpus, clock_hz=trace.clock_hz)
             _copy(trace, writer, symbols)
             writer.close()
-            file.seek(0)
-            shutil.copyfileobj(file, sys.stdout.buffer)
-            sys.stdout.buffer.flush()
-    else:
-        with TraceWriter(output, cpus=trace.cpus, clock_hz=trace.clock_hz, force=force) as writer:
-            _copy(trace, writer, symbols)
+        else:
+            _write_foreign(form, trace, file.name, symbols)
+        with open(file.name, "rb") as written:
+            shutil.copyfileobj(written, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
 
 
-def _write_case(trace: Trace, output: str, force: bool, symbols: Symbols | None) -> None:
-    from tracedbg.formats import case_write
+def _write_native(trace: Trace, output: str, force: bool, symbols: Symbols | None) -> None:
+    from tracedbg.writer import TraceWriter
 
-    names = _symbols(trace, symbols)
-    if output in common.STDOUT:
-        out = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", newline="\n")  # the format's, whatever the locale's is
-        try:
-            case_write.write(trace, out, symbols=names)
-        finally:
-            out.detach()
-    else:
-        with common.text_output(output, force) as file:
-            case_write.write(trace, file, symbols=names)
+    with TraceWriter(output, cpus=trace.cpus, clock_hz=trace.clock_hz, force=force) as writer:
+        _copy(trace, writer, symbols)
+
+
+def _write_foreign(form: Format, trace: Trace, path: str, symbols: Symbols | None) -> None:
+    from tracedbg.formats import WriterOptions, registry
+
+    progress = common.Progress("convert")
+    try:
+        options = WriterOptions(names=_symbols(trace, symbols), symbols=symbols, progress=progress.at)
+        registry.writer(form).write(trace, path, options)
+    finally:
+        progress.done()
 
 
 def _symbols(trace: Trace, symbols: Symbols | None) -> bytes:

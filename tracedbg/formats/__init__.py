@@ -4,90 +4,31 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from tracedbg import wire
 from tracedbg.errors import FormatError, UsageError
-from tracedbg.formats import qemu_monitor
+from tracedbg.formats import qemu_monitor, registry
+from tracedbg.formats.registry import NATIVE, Format, ReaderOptions, WriterOptions, output_format
 from tracedbg.formats.source import Input
-from tracedbg.layout import Layout
-from tracedbg.text import clean
 from tracedbg.trace import Trace
 from tracedbg.writer import TraceWriter
 
-NATIVE = "tracedbg"
-CASE = "case"
-XENTRACE = "xentrace"
-OUTPUTS = (NATIVE, CASE)
-
-# Name -> module with sniff() and read(); a module is imported when its turn comes.
-_MODULES = {
-    XENTRACE: "tracedbg.formats.xentrace",
-    CASE: "tracedbg.formats.case",
-    "qemu-int": "tracedbg.formats.qemu_log",
-}
+__all__ = ["NATIVE", "Format", "ReaderOptions", "WriterOptions", "open_input", "open_inputs", "output_format", "recognise"]
 
 
-@dataclass(frozen=True, slots=True)
-class ReaderOptions:
-    """What the user gives a reader beside the input itself.
-
-    `monitor`: monitor texts for the layout (instead of those found beside the log); `stores`: address ranges whose
-    software stores the source records completely; `discover`: look for layout files beside the input. `cpu_hz` (0: not
-    known) and `vendor` (vmx, svm): of the CPU that a Xen trace is from.
-    """
-
-    from_format: str | None = None
-    layout: Layout | None = None
-    monitor: tuple[str, ...] = ()
-    stores: tuple[tuple[int, int], ...] = ()
-    symbols: bytes = b""
-    discover: bool = True
-    cpu_hz: int = 0
-    vendor: str | None = None
-
-
-class Reader(Protocol):
-    """What a format module offers."""
-
-    def sniff(self, head: bytes) -> bool:
-        """Whether an input that begins so is of this format."""
-
-    def read(self, inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -> None:
-        """Read the inputs (several: the threads of one run) into the writer. Raises FormatError."""
-
-
-def names() -> tuple[str, ...]:
-    """Names for --from."""
-    return (NATIVE, *_MODULES)
-
-
-def output_format(path: str, wanted: str | None = None) -> str:
-    """The format to write: `wanted`, or by the suffix of the file. Raises UsageError if `wanted` does not exist."""
-    if wanted is None:
-        return CASE if path.endswith(".case") else NATIVE
-    if wanted not in OUTPUTS:
-        raise UsageError(f"no output format {clean(wanted)!r} (known: {', '.join(OUTPUTS)})")
-    return wanted
-
-
-def recognise(source: Input, wanted: str | None = None) -> str:
-    """The name of an input's format. Raises FormatError if it is none, UsageError if `wanted` does not exist."""
+def recognise(source: Input, wanted: str | None = None) -> Format:
+    """An input's format. Raises FormatError if it is none, UsageError if `wanted` does not exist."""
     if wanted is not None:
-        if wanted not in names():
-            raise UsageError(f"no input format {wanted!r} (known: {', '.join(names())})")
-        return wanted
+        return registry.input_format(wanted)
     if source.head.startswith(wire.MAGIC[: len(source.head)]):
-        return NATIVE
-    for name in _MODULES:
-        if _module(name).sniff(source.head):
-            return name
+        return registry.FORMATS[0]
+    for form in registry.FORMATS:
+        if form.reader is not None and registry.reader(form).sniff(source.head):
+            return form
     if qemu_monitor.looks_like_monitor(source.head):
         raise FormatError(source.path, "QEMU monitor text, not a log: it goes with the log as --monitor", 0)
-    known = "a QEMU -d int log, a xentrace file, a case file, a native trace"
-    raise FormatError(source.path, f"not a trace or log that this program reads ({known})", 0)
+    raise FormatError(source.path, "not a trace or log that this program reads (`tracedbg convert --list` has them)", 0)
 
 
 def open_input(path: str, *, from_format: str | None = None, options: ReaderOptions | None = None) -> Trace:
@@ -104,17 +45,16 @@ def open_inputs(paths: Sequence[str], *, from_format: str | None = None, options
     inputs = _open_all(paths)
     try:
         form = recognise(inputs[0], from_format or options.from_format)
-        if form != XENTRACE and (options.cpu_hz or options.vendor):
-            raise UsageError("--cpu-hz and --vendor belong to a trace of Xen's xentrace")
-        if form == NATIVE:
+        if form.name == NATIVE:
             return _open_native(inputs, options)
+        registry.check_options(form, options)
         # The file lives as long as the trace's mapping of it; nothing is left behind.
         with tempfile.TemporaryFile() as file:
             writer = TraceWriter(cast(Any, file))
             _read(form, inputs, writer, options)
             writer.close()
             trace = Trace.from_file(cast(Any, file), paths[0])
-            trace.foreign = form
+            trace.foreign = form.name
             return trace
     finally:
         for source in inputs:
@@ -137,6 +77,8 @@ def _open_all(paths: Sequence[str]) -> list[Input]:
 
 def _open_native(inputs: list[Input], options: ReaderOptions) -> Trace:
     source = inputs[0]
+    if options.cpu_hz or options.vendor:
+        raise UsageError("--cpu-hz and --vendor belong to a trace of Xen's xentrace")
     if options.monitor:
         raise UsageError("--monitor belongs to the log of an emulator; a native trace takes --layout")
     if len(inputs) > 1:
@@ -152,13 +94,9 @@ def _open_native(inputs: list[Input], options: ReaderOptions) -> Trace:
         return Trace.from_file(cast(Any, file), source.path)
 
 
-def _read(form: str, inputs: list[Input], writer: TraceWriter, options: ReaderOptions) -> None:
-    reader = _module(form)
+def _read(form: Format, inputs: list[Input], writer: TraceWriter, options: ReaderOptions) -> None:
+    reader = registry.reader(form)
     for source in inputs[1:]:
         if not reader.sniff(source.head):
-            raise FormatError(source.path, f"not of the format of {inputs[0].path} ({form})", 0)
+            raise FormatError(source.path, f"not of the format of {inputs[0].path} ({form.name})", 0)
     reader.read(inputs, writer, options)
-
-
-def _module(name: str) -> Reader:
-    return cast(Reader, import_module(_MODULES[name]))

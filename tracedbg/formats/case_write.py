@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from tracedbg import wire
 from tracedbg.errors import UsageError
@@ -32,6 +32,9 @@ from tracedbg.layout import SLOT_RSP0, Layout, Region, to_toml
 from tracedbg.state import EventFlag, Kind, Known
 from tracedbg.trace import Trace
 
+if TYPE_CHECKING:
+    from tracedbg.formats import WriterOptions
+
 _KIND_WORDS = {int(kind): word for word, kind in KINDS.items()}
 _SOURCE_WORDS = {number: word for word, number in SOURCES.items()}
 _PLACES = ("time", "rip", "rsp", "addr", "value", "rflags", "code", "source_index", "cpu", "cs", "ss")  # in the record
@@ -40,7 +43,13 @@ _INLINE = int(Known.VALUE | Known.CODE)
 _CPU, _CODE = int(Known.CPU), int(Known.CODE)
 
 
-def write(trace: Trace, out: TextIO, *, symbols: bytes | None = None) -> None:
+def write(trace: Trace, path: str, options: WriterOptions) -> None:
+    """As registry.Writer."""
+    with open(path, "w", encoding="utf-8", newline="\n") as out:
+        write_text(trace, out, symbols=options.names)
+
+
+def write_text(trace: Trace, out: TextIO, *, symbols: bytes | None = None) -> None:
     """Write the trace; `symbols`: instead of its own. Raises UsageError if it is too large for a case file."""
     size = 0
     for number, line in enumerate(_lines(trace, trace.symbols if symbols is None else symbols), 1):

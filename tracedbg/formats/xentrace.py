@@ -55,10 +55,6 @@ def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -
     """Read a trace into the writer. What is damaged or cut short ends in a gap and in META's `damage`."""
     if len(inputs) > 1:
         raise UsageError("xentrace writes all CPUs into one file; several files are not one recording")
-    if options.monitor:
-        raise UsageError("--monitor belongs to the log of an emulator; a Xen trace takes --layout")
-    if options.stores:
-        raise UsageError("--stores: a Xen trace records no stores")
     source = inputs[0]
     reader = _Reader(source, writer, options)
     reader.run()

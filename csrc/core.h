@@ -26,7 +26,6 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire format is li
 #define SOURCES 10
 #define RF (1u << 16)
 #define IF (1u << 9)
-#define VM (1u << 17)
 #define CONSUMED_KEPT 8               /* frames that returns of a CPU consumed last */
 #define CODE_VECTORS 10               /* vectors with an error code */
 #define REGISTERS_KNOWN (TDB_CK_RIP | TDB_CK_RSP | TDB_CK_CS | TDB_CK_SS | TDB_CK_RFLAGS)

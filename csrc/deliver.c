@@ -84,7 +84,7 @@ static void raise_user_stack(struct machine *m, struct cpu *c, const struct requ
 		return;
 	if (gap || in_user_memory(m->in, p->frame.lo, p->frame.hi))
 		ev = TDB_EV_COMPUTED;
-	else if (!m->in->user_count && c->s.known & TDB_CK_USER_RSP && !stack_named(stack_key(m->in, p->frame.hi))) {
+	else if (!m->in->user_count && c->s.known & TDB_CK_USER_RSP && !stack_named(p->key)) {
 		uint64_t a = rq->at.rsp, b = c->s.user_rsp;
 
 		if ((a > b ? a - b : b - a) < 4096)

@@ -3,7 +3,7 @@
 
 #include "core.h"
 
-#define ABI 5
+#define ABI 6
 
 int tdb_abi(void)
 {

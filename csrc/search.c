@@ -184,20 +184,3 @@ int64_t tdb_tally(const tdb_replay *r, uint64_t from, uint64_t max, struct tdb_t
 	}
 	return (int64_t)(end - from);
 }
-
-int64_t tdb_find(const tdb_replay *r, uint64_t from, int dir, uint64_t kind_mask, int vector, int cpu, uint64_t max)
-{
-	struct tdb_filter f = { .tests = TDB_FT_KIND, .kinds = kind_mask };
-
-	if (vector > 255 || cpu > 4095)
-		return TDB_E_RANGE;
-	if (vector >= 0) {
-		f.tests |= TDB_FT_ARG;
-		f.arg[vector >> 6] = 1ull << (vector & 63);
-	}
-	if (cpu >= 0) {
-		f.tests |= TDB_FT_CPU;
-		f.cpu[cpu >> 6] = 1ull << (cpu & 63);
-	}
-	return tdb_find_filter(r, &f, 1, from, dir, max);
-}

@@ -487,9 +487,6 @@ int tdb_get_stats(const tdb_replay *r, struct tdb_stats *ret);
  *  gaps of no CPU count for each.  Errors: ARG (no bucket, or more of them than events), RANGE. */
 int64_t tdb_timeline(const tdb_replay *r, uint32_t cpu, uint64_t first, uint64_t count, uint32_t buckets,
 		     struct tdb_bucket *ret);
-/** Search for an event from `from` on (dir +1 or -1, from included): kind_mask bit (kind-1), vector -1 any, cpu -1 any.
- *  Looks at most at max events.  Returns the index, -3 (TDB_E_RANGE) if none was found. */
-int64_t tdb_find(const tdb_replay *r, uint64_t from, int dir, uint64_t kind_mask, int vector, int cpu, uint64_t max);
 /** Search for an event that passes all of the filters (none: any event), from `from` on (dir +1 or -1, from included).
  *  Looks at most at max events.  Returns the index.  Errors: RANGE (none was found, or no such event), ARG. */
 int64_t tdb_find_filter(const tdb_replay *r, const struct tdb_filter *filter, uint32_t filters, uint64_t from, int dir,

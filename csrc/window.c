@@ -75,7 +75,7 @@ static void look(struct machine *m, struct cpu *c, const struct opening *o, stru
 	struct tdb_finding f;
 	uint64_t lo, hi;
 
-	if (v->f.status != TDB_FRAME_LIVE || !v->f.ist || v->f.hazards >> o->kind & 1)
+	if (!o->ists || v->f.status != TDB_FRAME_LIVE || !v->f.ist || v->f.hazards >> o->kind & 1)
 		return;
 	for (uint8_t n = 1; n < 8; n++) {
 		if (!(o->ists >> n & 1) || !next_frame_hits(m, c, n, &v->f, &lo, &hi))
@@ -159,31 +159,28 @@ void window_maskable(struct machine *m, struct cpu *c, uint16_t cpu, uint32_t ev
 	look_at_all(m, c, cpu, &o);
 }
 
+/* At once, before the handler runs; the frame is the one that was opened last. */
 void window_delivery(struct machine *m, struct cpu *c, const struct placement *p)
 {
+	struct node *v = frame_at(m, m->frames.age.head);
 	const struct tdb_frame *f = &p->frame;
 	bool unknown = f->source == TDB_SRC_UNKNOWN;
 	struct opening o = { .event = f->entry, .cause_event = f->entry, .cause_frame = NONE };
-	struct node *v = NULL;
 
-	/* The three cheap questions first: mostly no gate in question shares the IST. */
-	if (f->source != TDB_SRC_NMI && !(unknown && f->vector == VECTOR_NMI) && nmi_unblocked(c) && ist_of(m, c, VECTOR_NMI)) {
-		v = frame_of_entry(m, stack_key(m->in, f->hi), f->entry);
+	if (f->source != TDB_SRC_NMI && !(unknown && f->vector == VECTOR_NMI) && nmi_unblocked(c)) {
 		o.kind = TDB_HAZARD_NMI;
 		o.cause = TDB_CAUSE_NMI_NEVER_BLOCKED;
 		o.ists = ist_of(m, c, VECTOR_NMI);
 		look(m, c, &o, v);
 	}
 	if (f->source != TDB_SRC_MC && !(unknown && f->vector == VECTOR_MC) && c->s.known & TDB_CK_MCIP && !c->s.mcip &&
-	    !(c->s.known & TDB_CK_MCE && !c->s.mce) && ist_of(m, c, VECTOR_MC)) {
-		v = v ? v : frame_of_entry(m, stack_key(m->in, f->hi), f->entry);
+	    !(c->s.known & TDB_CK_MCE && !c->s.mce)) {
 		o.kind = TDB_HAZARD_MC;
 		o.cause = TDB_CAUSE_MC_UNMASKED;
 		o.ists = ist_of(m, c, VECTOR_MC);
 		look(m, c, &o, v);
 	}
-	if (c->s.known & TDB_CK_RFLAGS && c->s.rflags & IF && ists_maskable(m, c)) {
-		v = v ? v : frame_of_entry(m, stack_key(m->in, f->hi), f->entry);
+	if (c->s.known & TDB_CK_RFLAGS && c->s.rflags & IF) {
 		o.kind = TDB_HAZARD_MASKABLE;
 		o.cause = TDB_CAUSE_MASKABLE;
 		o.ists = ists_maskable(m, c);

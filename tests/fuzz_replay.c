@@ -212,7 +212,6 @@ static void look(tdb_replay *r, uint64_t count)
 		tdb_get_cpu(r, below(CPUS + 1), &cpu);
 		tdb_get_tss(r, below(CPUS + 1), &tss);
 		tdb_get_gate(r, below(CPUS + 1), below(300), &gate);
-		tdb_find(r, position, below(2) ? 1 : -1, next(), (int)below(300) - 20, (int)below(5) - 1, 1 + below(1000));
 		tdb_get_stats(r, &stats);
 		search(r, position);
 	}

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from tracedbg.filter import Filter, of_cpu
 from tracedbg.layout import CpuTables, Fidelity, Gate, Idt, Layout, Region, Tss
 from tracedbg.replay import Replay
 from tracedbg.state import Cause, Evidence, Finding, FrameStatus, Kind, Mismatch, Rule, Settle, Source
@@ -494,11 +495,13 @@ def test_find_looks_both_ways() -> None:
         w.event(Kind.MARK, cpu=0)
 
     with replayed(fill, cpus=2) as replay:
-        assert replay.find(0, 1, (Kind.MARK,)) == 10
-        assert replay.find(4, 1, (Kind.DELIVER,), vector=14) == 6
-        assert replay.find(4, -1, (Kind.DELIVER,), vector=14) == 3
-        assert replay.find(5, 1, cpu=0) == 6
-        assert replay.find(0, -1, (Kind.MARK,)) is None and replay.find(99) is None
+        marks = (Filter(kinds=frozenset({Kind.MARK})),)
+        faults = (Filter(kinds=frozenset({Kind.DELIVER}), args=frozenset({14})),)
+        assert replay.find_match(marks, 0) == 10
+        assert replay.find_match(faults, 4) == 6
+        assert replay.find_match(faults, 4, -1) == 3
+        assert replay.find_match(of_cpu(0), 5) == 6
+        assert replay.find_match(marks, 0, -1) is None and replay.find_match((), 99) is None
 
 
 def test_snapshots_and_pages_stay_within_the_bytes_allowed() -> None:

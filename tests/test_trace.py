@@ -386,7 +386,8 @@ def test_a_closed_replay_says_so() -> None:
             replay.scan_all()
         replay.close()
         for call in (replay.scan, replay.findings, replay.stats, replay.digest, replay.stacks, lambda: replay.position,
-                     lambda: replay.cpu(0), lambda: replay.tss(0), lambda: replay.find(0), lambda: replay.seek(1)):  # fmt: skip
+                     lambda: replay.cpu(0), lambda: replay.tss(0), lambda: replay.find_match((), 0),
+                     lambda: replay.seek(1)):  # fmt: skip
             with pytest.raises(ReplayError, match="the replay is closed"):
                 call()
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 from samples import STATS, race
 
+from tracedbg.filter import Filter
 from tracedbg.replay import Replay
 from tracedbg.state import Finding, Kind, Position, Stats, Word
-from tracedbg.tui.session import Failed, Found, Progress, Search, Seek, Session, SourceSearch, View
+from tracedbg.tui.session import Failed, Found, Match, Progress, Seek, Session, SourceSearch, View
 
 
 class SlowReplay:
@@ -57,13 +57,6 @@ class SlowReplay:
 
     def stats(self) -> Stats:
         return STATS
-
-    def find(
-        self, start: int, direction: int = 1, kinds: Iterable[Kind] = (), vector: int | None = None, cpu: int | None = None,
-        limit: int = 1 << 62,
-    ) -> int | None:  # fmt: skip
-        self._work(limit // 100)
-        return None
 
 
 @contextmanager
@@ -170,7 +163,7 @@ def test_real_replay_gives_the_words_before_and_after() -> None:
             session.wish(SourceSearch(0))  # RETURNs have no number, though the field holds 0
             assert session.idle.wait(10)
             assert posted[-1].index is None
-            wish = Search(2, -1, "x", (Kind.DELIVER,), 18)
+            wish = Match(2, -1, "x", (Filter(kinds=frozenset({Kind.DELIVER}), args=frozenset({18})),))
             session.wish(wish)
             assert session.idle.wait(10)
             assert posted[-1] == Found(wish, 1)

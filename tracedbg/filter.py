@@ -34,6 +34,11 @@ class Filter:
 Filters = tuple[Filter, ...]  # an event passes if it passes all of them
 
 
+def of_cpu(cpu: int) -> Filters:
+    """The events of a CPU."""
+    return (Filter(cpus=frozenset({cpu})),)
+
+
 @dataclass(frozen=True, slots=True)
 class Tally:
     """How many events: deliveries by vector and by source, events of all kinds by CPU."""

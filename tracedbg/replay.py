@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from types import TracebackType
 from typing import Any, TypeVar
@@ -22,7 +22,6 @@ from tracedbg.state import (
     Frame,
     FrameStatus,
     Hit,
-    Kind,
     Known,
     Position,
     Rule,
@@ -39,7 +38,7 @@ from tracedbg.trace import Trace
 
 T = TypeVar("T")
 
-ABI = 5
+ABI = 6
 CHUNK = 1 << 20  # events per call into the core when nobody asks for less
 
 if lib.tdb_abi() != ABI:  # pragma: no cover - a stale build
@@ -179,24 +178,6 @@ class Replay:
 
     def _clamp(self, position: int) -> int:
         return min(max(position, 0), self.count)
-
-    def find(
-        self,
-        start: int,
-        direction: int = 1,
-        kinds: Iterable[Kind] = (),
-        vector: int | None = None,
-        cpu: int | None = None,
-        limit: int = 1 << 62,
-    ) -> int | None:
-        """The first event from `start` on (included) of these kinds (none: any), vector and CPU; None if there is none."""
-        mask = sum({1 << (kind - 1) for kind in kinds}) or (1 << 64) - 1
-        if not 0 <= start < self.count:
-            return None
-        found = lib.tdb_find(
-            self._handle, start, direction, mask, -1 if vector is None else vector, -1 if cpu is None else cpu, limit
-        )
-        return None if found < 0 else int(found)
 
     # -- searching --------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ The parts are classes of their own that add actions and panes to `Viewer`; app.p
 from __future__ import annotations
 
 import signal
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from textual.widgets import Footer, Input, Static
 
 from tracedbg.describe import Words
 from tracedbg.errors import TracedbgError, UsageError
+from tracedbg.filter import Filter, of_cpu
 from tracedbg.report import not_judged, unknown_reasons
 from tracedbg.state import Event, Kind, Known, Stats
 from tracedbg.text import clean, clean_path
@@ -37,10 +38,10 @@ from tracedbg.tui.session import (
     Failed,
     Found,
     Journey,
+    Match,
     OpenReplay,
     Progress,
     ReplayLike,
-    Search,
     Seek,
     Session,
     SourceSearch,
@@ -54,6 +55,7 @@ from tracedbg.tui.timeline import TimelineBar
 NARROW = 100  # columns; below, panes stand on each other
 MAX_BACK = 256
 PATIENCE = 0.2  # seconds
+HOLD = 0.01  # seconds that a paint waits for the view, so that all panes change at once
 MIN_TEXT = 40  # columns that text is wrapped to at least
 PANES = ("events", "stacks", "details", "findings")
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}  # and what the viewer returns after them
@@ -115,6 +117,7 @@ class Viewer(App[int]):
         self._last: int | None = None  # the one before stepping away: its events stay marked
         self._back: list[int] = []
         self._message = ""
+        self._held = ExitStack()  # the paint that waits for a view
 
     def _open_replay(self) -> AbstractContextManager[ReplayLike]:
         from tracedbg.replay import Replay
@@ -131,7 +134,8 @@ class Viewer(App[int]):
         yield StateStrip(self.words, id="strip")
         yield TimelineBar(id="timeline")
         with Container(id="panes"):
-            yield EventList(self.trace, self.words, id="events")
+            yield (events := EventList(self.trace, self.words, id="events"))
+            events.before_move = self._hold
             yield StackView(self.words, id="stacks")
             yield FindingList(self.words, id="findings")
             yield Details(id="details")
@@ -185,8 +189,15 @@ class Viewer(App[int]):
         self._seek()
 
     def _seek(self) -> None:
+        self._hold()
         self.session.wish(Seek(self.selected + 1 if self.trace.count else 0, self._stack_cpu()))
         self.set_timer(PATIENCE, self._still_seeking)
+
+    def _hold(self) -> None:
+        """Let the paint wait for the view, but not for long."""
+        self._held.close()
+        self._held.enter_context(self.batch_update())
+        self.set_timer(HOLD, self._held.close)
 
     def _still_seeking(self) -> None:
         """What the stack pane shows belongs to another event; say so once it takes longer than a blink."""
@@ -221,6 +232,7 @@ class Viewer(App[int]):
         report = message.report
         if isinstance(report, View):
             self._viewed(report)
+            self._held.close()
         elif isinstance(report, Progress):
             self._progressed(report)
         elif isinstance(report, Found):
@@ -401,7 +413,7 @@ class Viewer(App[int]):
 
     def action_same_cpu(self, direction: int) -> None:
         cpu = self._cpu()
-        self.session.wish(Search(self.selected + direction, direction, f"event of cpu {cpu}", cpu=cpu))
+        self.session.wish(Match(self.selected + direction, direction, f"event of cpu {cpu}", of_cpu(cpu)))
 
     def action_same_vector(self, direction: int) -> None:
         event = self._event()
@@ -409,7 +421,8 @@ class Viewer(App[int]):
             self._say("the selected event is not a delivery")
             return
         what = f"delivery of vector {event.arg:#x}"
-        self.session.wish(Search(self.selected + direction, direction, what, (Kind.DELIVER,), event.arg))
+        same = (Filter(kinds=frozenset({Kind.DELIVER}), args=frozenset({event.arg})),)
+        self.session.wish(Match(self.selected + direction, direction, what, same))
 
     def action_pane(self, direction: int) -> None:
         if self.screen.has_class("asking") or len(self.screen_stack) > 1:

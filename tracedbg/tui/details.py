@@ -9,15 +9,14 @@ from rich.segment import Segment
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.message import Message
-from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from tracedbg.tui.lines import set_height
+from tracedbg.tui.pane import Pane
 
 HANG = 2  # columns that the rest of a wrapped line is indented more than its beginning
 
 
-class Details(ScrollView, can_focus=True):
+class Details(Pane, can_focus=True):
     """Plain lines, wrapped; nothing in them is markup. No layout is needed when they change, which makes stepping cheap."""
 
     ALLOW_SELECT = False
@@ -73,7 +72,7 @@ class Details(ScrollView, can_focus=True):
             # Tables of findings are as wide as they are; prose comes wrapped, and only fields and long names are left.
             parts = textwrap.wrap(line, self.text_width, subsequent_indent=indent, drop_whitespace=True, break_on_hyphens=False)
             self._wrapped += parts or [""]
-        set_height(self, len(self._wrapped))
+        self.set_height(len(self._wrapped))
         self.refresh()
 
     def on_resize(self, event: events.Resize) -> None:
@@ -86,5 +85,5 @@ class Details(ScrollView, can_focus=True):
         width = self.scrollable_content_region.width
         index = int(self.scroll_offset.y) + y
         if not 0 <= index < len(self._wrapped):
-            return Strip.blank(width, self.rich_style)
-        return Strip([Segment(self._wrapped[index], self.rich_style)]).crop_extend(0, width, self.rich_style)
+            return Strip.blank(width, self.base)
+        return Strip([Segment(self._wrapped[index], self.base)]).crop_extend(0, width, self.base)

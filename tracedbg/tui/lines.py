@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,10 +11,10 @@ from rich.style import Style
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.cache import LRUCache
-from textual.geometry import Size
 from textual.message import Message
-from textual.scroll_view import ScrollView
 from textual.strip import Strip
+
+from tracedbg.tui.pane import Pane
 
 MOVE = Binding.Group("move", compact=True)
 QUIET = (  # for panes whose footer has no room for what goes without saying
@@ -22,15 +23,7 @@ QUIET = (  # for panes whose footer has no room for what goes without saying
 )
 
 
-def set_height(view: ScrollView, lines: int) -> None:
-    """Set the virtual size without a new layout of the screen, of which the always visible scroll bars have no need."""
-    view.set_reactive(ScrollView.virtual_size, Size(1, lines))
-    view.vertical_scrollbar.window_virtual_size = lines
-    if view.scroll_target_y > view.max_scroll_y:
-        view.scroll_to(y=view.max_scroll_y, animate=False, force=True)
-
-
-class LineList(ScrollView, can_focus=True):
+class LineList(Pane, can_focus=True):
     """Lines with a cursor. A subclass gives `line()`; there is no widget per line and nothing is done per line in advance."""
 
     ALLOW_SELECT = False
@@ -78,6 +71,7 @@ class LineList(ScrollView, can_focus=True):
         super().__init__(id=id)
         self.count = 0
         self.cursor = 0
+        self.before_move: Callable[[], None] | None = None  # called before the user's move is shown
         self._centering = False  # asked for before the size was known
         self._strips: LRUCache[tuple[int, bool, int], Strip] = LRUCache(1024)
 
@@ -91,17 +85,13 @@ class LineList(ScrollView, can_focus=True):
         """The number of what a row shows, for the messages."""
         return row
 
-    def part(self, name: str) -> Style:
-        """A component style to be added to the base style of a line."""
-        return self.get_component_rich_style(name, partial=True)
-
     # -- contents ----------------------------------------------------------------------------------------------------
 
     def set_count(self, count: int) -> None:
         """Say how many lines there are."""
         self.count = count
         self.cursor = min(self.cursor, max(count - 1, 0))
-        set_height(self, count)
+        self.set_height(count)
         self.forget()
 
     def forget(self) -> None:
@@ -140,12 +130,12 @@ class LineList(ScrollView, can_focus=True):
         width = self.scrollable_content_region.width
         index = int(self.scroll_offset.y) + y
         if not 0 <= index < self.count:
-            return Strip.blank(width, self.rich_style)
+            return Strip.blank(width, self.base)
         current = index == self.cursor
         key = (index, current and self.has_focus, width * 2 + current)
         strip = self._strips.get(key)
         if strip is None:
-            base = self.rich_style
+            base = self.base
             if current:
                 base += self.part("lines--focus" if self.has_focus else "lines--cursor")
             strip = Strip(self.line(index, width, base, current))
@@ -177,6 +167,8 @@ class LineList(ScrollView, can_focus=True):
             return
         index = max(0, min(index, self.count - 1))
         if index != self.cursor:
+            if self.before_move is not None:
+                self.before_move()
             self.set_cursor(index)
             self.post_message(self.Moved(self, self.item(index)))
 

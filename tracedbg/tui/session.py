@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, ClassVar, Protocol
 
 from tracedbg.filter import Filters
-from tracedbg.state import CpuState, Finding, Hit, Kind, Known, Position, Rule, Stack, Stats, Timeline, Touch, Word
+from tracedbg.state import CpuState, Finding, Hit, Known, Position, Rule, Stack, Stats, Timeline, Touch, Word
 from tracedbg.tui.overview import Overview, Survey
 from tracedbg.tui.tasks import Counted, Matched, SearchableLike, Task
 
@@ -18,7 +18,7 @@ SLICE = 0.005  # seconds of work between two looks at the mailbox: a new wish wa
 REPORT = 0.05  # seconds between two reports of progress
 REST = 20  # after telling all findings, so many times as long until the next time
 SURVEY = 0.25  # seconds between two overviews of the trace
-SEARCH_STEP = 1 << 18  # events looked at in one call of find()
+SEARCH_STEP = 1 << 18  # records looked at between two looks at the mailbox
 MAX_STACK = 1 << 16  # bytes of one stack that a view shows
 MAX_VICTIMS = 512  # overwritten frames that a view looks up, newest first
 
@@ -40,17 +40,6 @@ class ReplayLike(SearchableLike, Protocol):
     def findings(self, first: int = 0) -> tuple[Finding, ...]: ...
     def stats(self) -> Stats: ...
     def timeline(self, cpu: int | None, buckets: int, first: int = ..., count: int | None = ...) -> Timeline: ...
-    def find(
-        self,
-        start: int,
-        direction: int = ...,
-        kinds: Iterable[Kind] = ...,
-        vector: int | None = ...,
-        cpu: int | None = ...,
-        limit: int = ...,
-    ) -> int | None: ...
-
-
     def find_time(self, time: int, start: int = ..., limit: int = ...) -> int | None: ...
     def watch(
         self, touch: Touch, lo: int = ..., hi: int = ..., frame: int = ..., *, room: int = ..., limit: int = ...
@@ -89,18 +78,6 @@ class Seek:
 
 
 @dataclass(frozen=True, slots=True)
-class Search:
-    """Wish: the nearest event from `start` on in one direction. `what` words it for the user."""
-
-    start: int
-    direction: int
-    what: str
-    kinds: tuple[Kind, ...] = ()
-    vector: int | None = None
-    cpu: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class SourceSearch:
     """Wish: the event that the source itself gave this number."""
 
@@ -133,7 +110,7 @@ class JourneyReport:
     journey: Journey
 
 
-Wish = Seek | Search | SourceSearch | Match | Journey
+Wish = Seek | SourceSearch | Match | Journey
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +130,7 @@ class Progress:
 class Found:
     """Answer to a search; `index` None: nothing there."""
 
-    wish: Search | SourceSearch | Match
+    wish: SourceSearch | Match
     index: int | None
 
 
@@ -381,8 +358,6 @@ class Session(threading.Thread):
             view = self._view(replay, wish)
             if view is not None:
                 self._post(view)
-        elif isinstance(wish, Search):
-            self._search(replay, wish)
         elif isinstance(wish, Match):
             self._match(replay, wish)
         elif isinstance(wish, Journey):
@@ -457,15 +432,6 @@ class Session(threading.Thread):
             and (f.writer is not None or f.raised_rule is Rule.NEIGHBOUR_OVERWRITE)
             and any(lo < f.victim.hi <= hi for lo, hi in spans)
         )
-
-    def _search(self, replay: ReplayLike, wish: Search) -> None:
-        at, index = wish.start, None
-        while index is None and 0 <= at < replay.count:
-            index = replay.find(at, wish.direction, wish.kinds, wish.vector, wish.cpu, SEARCH_STEP)
-            at += wish.direction * SEARCH_STEP
-            if self._abandoned():
-                return
-        self._post(Found(wish, index))
 
     def _match(self, replay: ReplayLike, wish: Match) -> None:
         """Look in slices, and say how far it is once it takes longer than a blink."""

@@ -211,7 +211,7 @@ class StackView(LineList):
     def render_line(self, y: int) -> Strip:
         if len(self._columns) < 2:
             return super().render_line(y)
-        between = Segment("┃", self.rich_style + self.part("stack--fold"))
+        between = Segment("┃", self.base + self.part("stack--fold"))
         segments: list[Segment] = []
         for number, column in enumerate(self._columns):
             active = number == self._at
@@ -221,8 +221,8 @@ class StackView(LineList):
 
     def _cell(self, column: _Column, index: int, current: bool) -> Strip:
         if index >= len(column.rows):
-            return Strip.blank(column.width, self.rich_style)
-        base = self.rich_style
+            return Strip.blank(column.width, self.base)
+        base = self.base
         if current:
             base += self.part("lines--focus" if self.has_focus else "lines--cursor")
         strip = Strip(row_line(column.rows[index], column.width, base, column.widths, self.part))

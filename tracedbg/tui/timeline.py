@@ -13,16 +13,17 @@ from textual import events
 from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.strip import Strip
-from textual.widget import Widget
 
 from tracedbg.tui.marks import GLYPHS
 from tracedbg.tui.overview import Lane, Overview
+from tracedbg.tui.pane import Painted
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 LABEL = 10  # columns before the blocks
 GAP = "░"
 UNKNOWN = "╌"  # not scanned yet
 HERE = "▼"
+_SCALE = -1  # in the place of a CPU
 _LEVELS = {3: "error", 2: "warning", 1: "note"}
 _PAGE = 10  # columns
 _MOVE = Binding.Group("timeline", compact=True)
@@ -36,7 +37,7 @@ class Cell:
     style: str  # part of a component class
 
 
-class TimelineBar(Widget, can_focus=True):
+class TimelineBar(Painted, can_focus=True):
     """Lanes of an Overview under a scale, or one lane of all CPUs where there is one line. Picked says where the user went."""
 
     ALLOW_SELECT = False
@@ -156,7 +157,7 @@ class TimelineBar(Widget, can_focus=True):
     # -- painting ------------------------------------------------------------------------------------------------------
 
     def render_line(self, y: int) -> Strip:
-        base = self.rich_style
+        base = self.base
         lanes = self.lanes()
         if not lanes or self.overview is None:
             return Strip.blank(self.size.width, base)
@@ -190,9 +191,11 @@ class TimelineBar(Widget, can_focus=True):
 
     def _scale(self, overview: Overview, base: Style) -> Strip:
         """The deepest nesting, the marks of all CPUs, and the place of the selected event."""
-        cells, here = [Cell("─", "dim")] * self._width, self._here()
-        for column, mark in self._marks(overview, overview.lanes[0]).items():
-            cells[column] = mark
+        key = (_SCALE, self._width, False)
+        if key not in self._cells:
+            marks = self._marks(overview, overview.lanes[0])
+            self._cells[key] = [marks.get(n, Cell("─", "dim")) for n in range(self._width)]
+        cells, here = list(self._cells[key]), self._here()
         percent = f" {self.position * 100 // max(overview.count - 1, 1)}% "
         at = here + 1 if here + 1 + len(percent) <= self._width else here - len(percent)
         for n, digit in enumerate(percent):
@@ -206,7 +209,7 @@ class TimelineBar(Widget, can_focus=True):
         return Strip(segments).crop_extend(0, self.size.width, base)
 
     def _part(self, name: str) -> Style:
-        return self.get_component_rich_style(f"timeline--{name}", partial=True)
+        return self.part(f"timeline--{name}")
 
     def tell(self) -> str:
         """What is at the position, in words: colour and glyphs are short."""

@@ -10,6 +10,7 @@ from textual.binding import Binding, BindingType
 
 from tracedbg.describe import hex_address
 from tracedbg.errors import UsageError
+from tracedbg.filter import of_cpu
 from tracedbg.state import Event, EventFlag, Kind, Known, Touch
 from tracedbg.tui.ask import AskScreen
 from tracedbg.tui.base import MAX_BACK, Viewer
@@ -31,7 +32,7 @@ from tracedbg.tui.journeys import (
 )
 from tracedbg.tui.messages import Reported
 from tracedbg.tui.rows import RowKind
-from tracedbg.tui.session import Journey, JourneyReport, Search, SourceSearch
+from tracedbg.tui.session import Journey, JourneyReport, Match, SourceSearch
 from tracedbg.tui.stack_view import StackView
 from tracedbg.tui.write_list import WriteScreen
 
@@ -164,7 +165,7 @@ class Travel(Viewer):
         if event.kind is Kind.DELIVER and not event.flags & EventFlag.FAILED:
             self._set_out(FrameEnd(event), f"the end of {self.words.delivery_brief(event)}@{event.index}")
         else:
-            self.session.wish(Search(event.index + 1, 1, f"event of cpu {event.cpu}", cpu=event.cpu))
+            self.session.wish(Match(event.index + 1, 1, f"event of cpu {event.cpu}", of_cpu(event.cpu)))
 
     def action_step_out(self) -> None:
         """To the return of the frame that the selected event runs in."""

@@ -174,7 +174,7 @@ def test_what_a_failed_delivery_stored_is_no_frame_that_was_left() -> None:
         ({"fred": True}, " · FRED level ?"),
         ({"kernel_gs": False}, " · GS user's"),
         ({"kernel_gs": False, "cs": 0x33}, ""),
-        ({"ring_gap": 4}, " · RSP user's"),
+        ({"ring_gap": 4}, " · in the SYSCALL gap"),
         ({"tokens_known": 14, "tokens_busy": 0b1010}, " · token IST1 IST3 busy"),
         ({"shadow": Shadow.MOV_SS, "smm": True, "guest": True}, " · MOV SS shadow · SMM · guest"),
     ],

@@ -37,7 +37,7 @@ def _unusual(cpu: CpuState) -> Fields:
     kernel = cpu.cs is not None and x86.cpl(cpu.cs) == 0
     parts = (
         ("fred", cpu.fred, f"FRED level {_UNKNOWN if cpu.csl is None else cpu.csl}"),
-        ("ring gap", cpu.ring_gap is not None, "RSP user's"),
+        ("ring gap", cpu.ring_gap is not None, "in the SYSCALL gap"),
         ("gs", kernel and cpu.kernel_gs is False, "GS user's"),
         ("mce", cpu.mce is False, "MCE 0"),
         ("gif", cpu.gif is False, "GIF 0"),

@@ -289,3 +289,13 @@ def test_stacks_have_fixed_places_beside_each_other() -> None:
     picture = build_picture(View(state, 0, entries, ()), words)
     assert picture.stacks[0].stack.slot == 3 and picture.stacks[0].here  # RSP is there: it matters most
     assert [s.stack.slot for s in sorted(picture.stacks, key=lambda s: s.place)] == [8, 0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("rsp", "said"),
+    [(0x7000, "no frame is open, and RSP lies on no known stack"), (None, "no frame is open, and RSP is not known")],
+)
+def test_without_any_stack_the_pane_says_why_it_is_empty(rsp: int | None, said: str) -> None:
+    nothing = View(Position(1, (replace(CPU, rsp=rsp),), (), (), 0), 0, (), ())
+    with build(lambda w: setattr(w, "layout", LAYOUT)) as trace:
+        assert [row.text for row in build_rows(nothing, Words(trace))] == [said]

@@ -13,6 +13,7 @@ from textual.strip import Strip
 
 from tracedbg.tui.pane import Pane
 
+GUESS = 72
 HANG = 2  # columns that the rest of a wrapped line is indented more than its beginning
 
 
@@ -52,7 +53,7 @@ class Details(Pane, can_focus=True):
     @property
     def text_width(self) -> int:
         """Columns for text; before the first layout a guess."""
-        return max(self.scrollable_content_region.width, 20)
+        return self.scrollable_content_region.width or GUESS
 
     def show_lines(self, title: str, lines: list[str]) -> None:
         """Replace what is said; the pane goes back to its top only if it says something else."""

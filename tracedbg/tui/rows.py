@@ -110,6 +110,9 @@ def build_picture(view: View, words: Words) -> Picture:
     if why and not placed:  # a trace may bring TSS and gates as events
         return Picture(tuple(stacks), tuple(Row(RowKind.NOTE, text) for text in why), ())
     nothing = (Row(RowKind.FOLD, "nothing known of " + ", ".join(empty)),) if empty else ()
+    if not stacks and not empty:
+        where = "is not known" if _rsp(view) is None else "lies on no known stack"
+        nothing = (Row(RowKind.FOLD, f"no frame is open, and RSP {where}"),)
     return Picture(tuple(stacks), (), nothing)
 
 

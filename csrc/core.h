@@ -130,6 +130,17 @@ struct frames {
 	uint32_t anon_capacity, anon_count;
 };
 
+/* -- the journal (journal.c) ---------------------------------------------------------------------------------------- */
+
+struct journal {
+	struct tdb_life *item;
+	uint64_t count, taken, capacity; /* [taken, count) is still to be taken */
+	int status;                      /* TDB_E_NOMEM after a failed allocation */
+};
+
+/* A frame ends with the event.  Out of line: nearly nobody asks. */
+__attribute__((noinline, cold)) void journal_end(struct journal *j, const struct tdb_frame *f, uint32_t event, enum tdb_settle why);
+
 /* -- the machine ------------------------------------------------------------------------------------------------------ */
 
 struct gates {
@@ -189,6 +200,7 @@ struct cpu {
 struct machine {
 	const struct inputs *in;
 	struct findings *sink;           /* the scan records findings here; NULL in the view */
+	struct journal *journal;         /* and the ends of frames here, if somebody asked for them */
 	uint64_t position;
 	uint32_t finding_count;          /* raised so far */
 	struct cpu *cpu;
@@ -244,6 +256,12 @@ struct node *frame_of_entry(const struct machine *m, uint64_t key, uint32_t entr
 static inline uint64_t frame_rip_addr(const struct tdb_frame *f) { return f->hi - (f->fred ? 56 : 40); }
 /* Stored through an IST gate or at a raised FRED level. */
 static inline bool frame_dedicated(const struct tdb_frame *f) { return f->ist || f->level > f->from_level; }
+static inline void frame_overwritten(struct tdb_frame *f, uint32_t by)
+{
+	if (f->overwritten_by == NONE)
+		f->overwritten_by = by;
+	f->clobbered_by = by;
+}
 static inline bool saved_knows(const struct tdb_frame *f, uint32_t bits) { return (f->saved.known & bits) == bits; }
 
 /* -- rules ---------------------------------------------------------------------------------------------------------- */
@@ -436,6 +454,7 @@ struct tdb_replay {
 	struct machine scan, view;
 	struct timeline timeline;
 	struct findings findings;
+	struct journal journal;
 	struct snapshots snapshots;
 	uint64_t page_bytes;
 	int broken;                      /* a status that ends all work: TDB_E_NOMEM */

@@ -10,7 +10,7 @@ static struct tdb_frame writer_frame(const struct request *rq, const struct plac
 		return p->frame;
 	return (struct tdb_frame){
 		.entry = rq->event, .clobbered_by = NONE, .finding = NONE, .victim = NONE, .cpu = rq->cpu,
-		.vector = rq->vector, .source = rq->source, .saved = rq->at, .gs = 2, .ring_gap = NONE,
+		.vector = rq->vector, .source = rq->source, .saved = rq->at, .gs = 2, .ring_gap = NONE, .overwritten_by = NONE,
 	};
 }
 

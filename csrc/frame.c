@@ -217,6 +217,8 @@ void frame_close(struct machine *m, struct node *n, enum tdb_settle why)
 		m->stats.settled[why]++;
 	if (why == TDB_SETTLE_DROPPED && n->f.status == TDB_FRAME_CLOBBERED)
 		finding_lost(m, n->f.finding, (uint32_t)(m->position - 1));
+	if (unlikely(m->journal != NULL))
+		journal_end(m->journal, &n->f, (uint32_t)(m->position - 1), why);
 	if (stack_named(n->key)) {
 		stack_remove(fr, &fr->named[n->key], id);
 	} else {

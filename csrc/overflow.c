@@ -52,7 +52,7 @@ void overflow_delivery(struct machine *m, struct cpu *c, const struct request *r
 		f.hi = n->f.hi < p->frame.hi ? n->f.hi : p->frame.hi;
 		f.victim = n->f;
 		f.writer = p->frame;
-		n->f.clobbered_by = p->frame.entry;
+		frame_overwritten(&n->f, p->frame.entry);
 		n->f.status = TDB_FRAME_CLOBBERED;
 		n->f.finding = finding_raise(m, &f);
 	}

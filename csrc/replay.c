@@ -3,7 +3,7 @@
 
 #include "core.h"
 
-#define ABI 6
+#define ABI 7
 
 int tdb_abi(void)
 {
@@ -170,6 +170,7 @@ void tdb_close(tdb_replay *r)
 	snapshots_deinit(&r->snapshots);
 	timeline_deinit(&r->timeline);
 	free(r->findings.item);
+	free(r->journal.item);
 	free(r->in.stack);
 	free(r->in.stack_top);
 	free(r->in.user);
@@ -224,6 +225,8 @@ int64_t tdb_scan(tdb_replay *r, uint64_t max)
 		uint64_t interval = r->snapshots.interval, stop = (r->scan.position / interval + 1) * interval;
 
 		r->broken = scan_to(r, stop < end ? stop : end);
+		if (!r->broken)
+			r->broken = r->journal.status;
 		if (r->broken)
 			return r->broken;
 		if (r->scan.position == stop)

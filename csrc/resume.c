@@ -141,7 +141,8 @@ struct tdb_frame frame_of_event(const struct machine *m, uint32_t index)
 	const struct tdb_event *e = &m->in->events[index];
 	struct tdb_frame f = {
 		.entry = index, .clobbered_by = NONE, .finding = NONE, .victim = NONE, .cpu = e->cpu, .vector = e->arg,
-		.source = e->known & TDB_K_SOURCE && e->source < SOURCES ? e->source : TDB_SRC_UNKNOWN, .gs = 2, .ring_gap = NONE,
+		.source = e->known & TDB_K_SOURCE && e->source < SOURCES ? e->source : TDB_SRC_UNKNOWN, .gs = 2,
+		.ring_gap = NONE, .overwritten_by = NONE,
 		.saved = { .rip = e->rip, .rsp = e->rsp, .rflags = e->rflags, .cs = e->cs, .ss = e->ss,
 			   .known = e->known & (TDB_K_RIP | TDB_K_RSP | TDB_K_RFLAGS | TDB_K_CS | TDB_K_SS) },
 	};

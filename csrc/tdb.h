@@ -262,7 +262,7 @@ struct tdb_frame {
 	uint8_t hazards;           /* bit enum tdb_hazard: a window was looked at */
 	uint8_t reserved[3];
 	uint32_t ring_gap;         /* the SYSCALL or SYSRET in whose gap it came, UINT32_MAX none */
-	uint32_t reserved2;
+	uint32_t overwritten_by;   /* first delivery that stored over it, UINT32_MAX none */
 };
 
 enum tdb_hazard { TDB_HAZARD_NMI = 0, TDB_HAZARD_MC = 1, TDB_HAZARD_MASKABLE = 2, TDB_HAZARD_NEIGHBOUR = 3 };
@@ -431,6 +431,17 @@ struct tdb_hit {
 	uint16_t reserved;
 };
 
+/* -- journal -------------------------------------------------------------------------------------------------------- */
+struct tdb_life {      /* a frame that was opened, from its delivery to its end */
+	struct tdb_frame frame;    /* as it was stored */
+	uint32_t end;              /* the event after which it was not open any more, UINT32_MAX: it is still open */
+	uint32_t overwritten;      /* the first delivery that stored over it while it was open, UINT32_MAX none */
+	uint32_t finding;          /* finding of that, UINT32_MAX none */
+	uint8_t settle;            /* enum tdb_settle; TDB_SETTLE_COUNT: it is still open */
+	uint8_t status;            /* enum tdb_frame_status when it ended */
+	uint8_t reserved[2];
+};
+
 typedef struct tdb_replay tdb_replay;
 
 /** ABI number; a caller compares it with the one it was built for. */
@@ -506,6 +517,13 @@ int64_t tdb_tally(const tdb_replay *r, uint64_t from, uint64_t max, struct tdb_t
 int64_t tdb_watch(tdb_replay *r, const struct tdb_watch *watch, uint64_t max, struct tdb_hit *ret, uint64_t cap);
 /** The first event from `from` on, of at most max, whose time is known and not before `time`.  Errors: RANGE (none was found). */
 int64_t tdb_find_time(const tdb_replay *r, uint64_t from, uint64_t time, uint64_t max);
+/** Keep (on 1) or stop keeping (on 0) a journal of the frames that end in the forward pass, in the order of their ends.  What
+ *  was not taken is forgotten.  It grows by at most one entry for a delivery and those that were open: take them often. */
+void tdb_journal(tdb_replay *r, int on);
+/** Take the oldest entries out of the journal, at most cap; returns how many were taken (ret NULL: how many there are). */
+int64_t tdb_take_ended(tdb_replay *r, struct tdb_life *ret, uint64_t cap);
+/** The frames that are open where the forward pass stands, in entry order.  Fills at most cap, returns the total. */
+int64_t tdb_get_unended(const tdb_replay *r, struct tdb_life *ret, uint64_t cap);
 /* cffi: end */
 
 #endif

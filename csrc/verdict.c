@@ -11,7 +11,8 @@ struct tdb_finding finding_new(enum tdb_rule rule, enum tdb_evidence ev, uint32_
 		.settled_by = TDB_SETTLE_COUNT,
 	};
 
-	f.victim.entry = f.victim.clobbered_by = f.victim.victim = f.victim.finding = f.victim.ring_gap = NONE;
+	f.victim.entry = f.victim.clobbered_by = f.victim.victim = f.victim.finding = f.victim.ring_gap =
+		f.victim.overwritten_by = NONE;
 	f.writer = f.victim;
 	return f;
 }
@@ -166,11 +167,11 @@ static void overwrite_one(struct machine *m, const struct request *rq, struct pl
 	f.victim = n->f;
 	f.writer = p->frame;
 	find_cause(rq, &n->f, before, &f);
-	n->f.clobbered_by = rq->event;
+	frame_overwritten(&n->f, rq->event);
 	if (n->f.status == TDB_FRAME_MOVED) {
 		f.rule = f.raised_rule = TDB_R_FRAME_RELOCATED;
 		f.evidence = TDB_EV_RECORDED;
-		finding_raise(m, &f);
+		n->f.finding = finding_raise(m, &f);
 		frame_close(m, n, TDB_SETTLE_OVERWRITTEN);
 	} else if (!f.differ) {
 		f.rule = f.raised_rule = TDB_R_FRAME_SAME_BYTES;

@@ -28,7 +28,7 @@ def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     binary = tmp_path_factory.mktemp("fuzz") / "fuzz_replay"
     command = [
         compiler, "-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=all", f"-I{ROOT}/csrc", "-o", str(binary), str(ROOT / "tests/fuzz_replay.c"),
+        "-fno-sanitize-recover=all", "-Wl,--wrap=realloc", f"-I{ROOT}/csrc", "-o", str(binary), str(ROOT / "tests/fuzz_replay.c"),
         *sources(),
     ]  # fmt: skip
     subprocess.run(command, check=True)

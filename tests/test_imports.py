@@ -23,7 +23,7 @@ ORDER = (
     {"rules"},
     {"describe"},
     {"baseline"},
-    {"report"},
+    {"report", "export"},
     {"tui"},
     {"commands"},
     {"cli"},

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tracedbg._core import ffi, lib
 from tracedbg.errors import ReplayError
@@ -23,6 +23,7 @@ from tracedbg.state import (
     FrameStatus,
     Hit,
     Known,
+    Life,
     Position,
     Rule,
     Settle,
@@ -38,7 +39,7 @@ from tracedbg.trace import Trace
 
 T = TypeVar("T")
 
-ABI = 6
+ABI = 7
 CHUNK = 1 << 20  # events per call into the core when nobody asks for less
 
 if lib.tdb_abi() != ABI:  # pragma: no cover - a stale build
@@ -321,6 +322,26 @@ class Replay:
         with memoryview(ffi.buffer(out)) as raw, raw.cast("I") as fields_of:
             return Timeline(width, *(tuple(fields_of[n::4].tolist()) for n in range(4)))
 
+    # -- the life of frames -----------------------------------------------------------------------------------------
+
+    def journal(self, on: bool) -> None:
+        """Keep a journal of the frames that end in the forward pass from here on, or stop it and forget it."""
+        if on or self._core is not None:
+            lib.tdb_journal(self._handle, on)
+
+    def ended(self) -> Lives:
+        """The frames that have ended since the last call, in the order of their ends."""
+        return self._lives(lib.tdb_take_ended)
+
+    def unended(self) -> Lives:
+        """The frames that are open where the forward pass stands, in the order of their deliveries."""
+        return self._lives(lib.tdb_get_unended)
+
+    def _lives(self, call: Callable[[Any, Any, int], int]) -> Lives:
+        total = self._check(call(self._handle, ffi.NULL, 0))
+        out = ffi.new("struct tdb_life[]", max(total, 1))
+        return Lives(out, self._check(call(self._handle, out, total)))
+
     def _all(self, kind: str, call: Callable[[Any, Any, int], int], value: Callable[[Any], T]) -> tuple[T, ...]:
         """Ask for the total, then for all. Items are converted while `out`, which owns their memory, is alive."""
         total = self._check(call(self._handle, ffi.NULL, 0))
@@ -352,6 +373,66 @@ class Counting:
             {Source(n): c for n, c in enumerate(t.source) if c},
             {n: c for n, c in enumerate(t.cpu[0 : self._replay.trace.cpus]) if c},
         )
+
+
+# Fields of `struct tdb_life` in the order in which Lives.__iter__ takes them.
+_LIFE = (
+    "frame.entry", "frame.cpu", "frame.vector", "frame.source", "frame.ist", "frame.lo", "frame.hi",
+    "frame.saved.known", "frame.saved.rip", "frame.saved.cs", "frame.saved.rflags", "frame.saved.rsp", "frame.saved.ss",
+    "frame.saved.code", "frame.has_code", "frame.gate_type", "frame.stack_lo", "frame.stack_hi", "frame.victim",
+    "frame.fred", "frame.level", "frame.from_level", "frame.gs",
+    "end", "settle", "overwritten", "status", "finding",
+)  # fmt: skip
+_CODES: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
+class Lives:
+    """Frames from their deliveries to their ends: each as a Life, or in columns where there are many of them."""
+
+    def __init__(self, out: Any, count: int) -> None:
+        self._out = out
+        self._bytes = memoryview(ffi.buffer(out))[: count * ffi.sizeof("struct tdb_life")]
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def column(self, name: str) -> memoryview[int]:
+        """One field of all of them, as the core holds it: `end`, `frame.lo`, `frame.saved.rip`."""
+        at, kind = 0, ffi.typeof("struct tdb_life")
+        for part in name.split("."):
+            field = dict(kind.fields)[part]
+            at, kind = at + field.offset, field.type
+        size: int = ffi.sizeof(kind)
+        return self._bytes.cast(_CODES[size])[at // size :: ffi.sizeof("struct tdb_life") // size]
+
+    def __iter__(self) -> Iterator[Life]:
+        for row in zip(*(self.column(name).tolist() for name in _LIFE), strict=True):
+            yield _life_value(row)
+
+
+def _life_value(row: tuple[int, ...]) -> Life:
+    (
+        entry, cpu, vector, source, ist, lo, hi,
+        known, rip, cs, rflags, rsp, ss,
+        code, has_code, gate_type, stack_lo, stack_hi, victim,
+        fred, level, from_level, gs,
+        end, settle, overwritten, status, finding,
+    ) = row  # fmt: skip
+    saved = Context(
+        rip if known & Known.RIP else None,
+        cs if known & Known.CS else None,
+        rflags if known & Known.RFLAGS else None,
+        rsp if known & Known.RSP else None,
+        ss if known & Known.SS else None,
+        code if known & Known.CODE else None,
+    )
+    frame = Frame(
+        entry, cpu, vector, Source(source), ist, lo, hi, saved, FrameStatus.LIVE, bool(has_code), gate_type, stack_lo, stack_hi,
+        None, _event(victim), None, bool(fred), level, from_level, None if gs > 1 else bool(gs),
+    )  # fmt: skip
+    why = None if settle >= lib.TDB_SETTLE_COUNT else Settle(settle)
+    return Life(frame, _event(end), why, _event(overwritten), FrameStatus(status), _event(finding))
 
 
 NO_ADDR = (1 << 64) - 1

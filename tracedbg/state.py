@@ -286,6 +286,18 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True)
+class Life:
+    """A frame from its delivery to its end. The events are indices in the trace; None: there was none."""
+
+    frame: Frame  # as it was stored
+    end: int | None  # the event after which it was not open any more; None: open at the end
+    settle: Settle | None  # why it ended
+    overwritten: int | None  # the first delivery that stored over bytes of it while it was open
+    status: FrameStatus = FrameStatus.LIVE  # when it ended
+    finding: int | None = None  # number of the finding of that overwrite
+
+
+@dataclass(frozen=True, slots=True)
 class Stack:
     """A stack as memory [lo, hi). slot: 1-7 IST, 8 RSP0, 0 other; named: it comes from the layout."""
 

@@ -22,6 +22,12 @@ static struct tdb_finding *kept(struct machine *m, uint32_t number)
 	return m->sink && number < m->sink->count ? &m->sink->item[number] : NULL;
 }
 
+/* A finding is as strong as the weakest fact under it: where events are inferred, no stronger than they. */
+static uint8_t weakest(const struct machine *m, uint8_t ev)
+{
+	return m->in->fidelity & TDB_FID_INFERRED && ev > TDB_EV_INFERRED ? TDB_EV_INFERRED : ev;
+}
+
 uint32_t finding_raise(struct machine *m, const struct tdb_finding *f)
 {
 	uint32_t number = m->finding_count;
@@ -42,7 +48,8 @@ uint32_t finding_raise(struct machine *m, const struct tdb_finding *f)
 		sink->item = item;
 		sink->capacity = capacity;
 	}
-	sink->item[sink->count++] = *f;
+	sink->item[sink->count] = *f;
+	sink->item[sink->count++].evidence = weakest(m, f->evidence);
 	return number;
 }
 
@@ -54,7 +61,7 @@ void finding_settle(struct machine *m, uint32_t number, enum tdb_rule rule, enum
 	if (!f)
 		return;
 	f->rule = rule;
-	f->settled_evidence = ev;
+	f->settled_evidence = weakest(m, (uint8_t)ev);
 	f->settled = event;
 	f->settled_by = by;
 }

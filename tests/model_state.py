@@ -46,6 +46,7 @@ class State:
         self.nmi_fail_blocks = nmi_fail_blocks
         self.returns_recorded = bool(layout.fidelity & Fidelity.RETURNS)
         self.ss_zeroed = bool(layout.fidelity & Fidelity.SS_ZEROED)
+        self.strongest = Evidence.INFERRED if layout.fidelity & Fidelity.INFERRED else Evidence.RECORDED
         self.tss = [ModelTss(t.base, list(t.rsp), list(t.ist)) for t in layout.tss]
         self.idts = [ModelIdt(i.base, dict(i.gates)) for i in layout.idts]
         self.cpus = [ModelCpu() for _ in range(trace.cpus)]
@@ -123,6 +124,7 @@ class State:
     # -- findings ---------------------------------------------------------------------------------------------------
 
     def raise_finding(self, rule: Rule, evidence: Evidence, event: ModelEvent, **fields: object) -> ModelFinding:
+        evidence = min(evidence, self.strongest)
         finding = ModelFinding(len(self.findings), rule, rule, evidence, event.index, 0xFFFF if event.cpu is None else event.cpu)
         finding = replace(finding, **fields)  # type: ignore[arg-type]
         self.findings.append(finding)
@@ -151,7 +153,8 @@ class State:
         """The fate of a clobbered frame became known."""
         assert frame.finding is not None
         finding = self.findings[frame.finding]
-        finding.rule, finding.settled, finding.settled_by, finding.settled_evidence = rule, event, why, evidence
+        finding.rule, finding.settled, finding.settled_by = rule, event, why
+        finding.settled_evidence = min(evidence, self.strongest)
         return finding
 
     # -- open frames ------------------------------------------------------------------------------------------------

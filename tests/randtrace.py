@@ -17,6 +17,7 @@ from model import Model
 from randscenes import SCENES, Scenes
 
 from tracedbg import wire
+from tracedbg.layout import Fidelity
 from tracedbg.state import Cause, Evidence, FrameStatus, Kind, Mismatch, Rule, Settle
 from tracedbg.trace import Trace
 from tracedbg.writer import TraceWriter, build
@@ -162,7 +163,7 @@ class Coverage:
             table["rule"][rule.name] += 1
             table["evidence"][finding.evidence.name] += 1
             table["counters"]["folded"] += finding.count > 1
-            if rule in RULE_EVIDENCE:
+            if rule in RULE_EVIDENCE and not trace.layout.fidelity & Fidelity.INFERRED:  # which makes all of them alike
                 table["rule, evidence"][f"{rule.name} {finding.evidence.name}"] += 1
             if rule in RULE_CAUSE:
                 table["rule, cause"][f"{rule.name} {finding.cause.name}"] += 1

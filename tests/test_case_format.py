@@ -133,6 +133,7 @@ LAYOUTS = {
     "sample": LAYOUT,
     "no names": replace(LAYOUT, names={}),
     "fidelity": replace(LAYOUT, fidelity=Fidelity.RETURNS | Fidelity.SS_ZEROED),
+    "inferred": replace(LAYOUT, fidelity=Fidelity.INFERRED),
     "without its stacks": replace(LAYOUT, regions=()),
     "bounds that are known": replace(LAYOUT, regions=tuple(replace(r, assumed=False) for r in LAYOUT.regions)),
     "odd name": replace(LAYOUT, names={2: 'N"\\MI\n[events]\x1b', 8: "ä日🙂"}),

@@ -199,6 +199,18 @@ def test_fault_stores_rf_and_an_error_code() -> None:
     assert (cpu.rsp, cpu.ss, cpu.rflags) == (0x126FA0, 0x10, 0x46)  # without TF, NT, IF
 
 
+def test_inferred_events_prove_nothing_more() -> None:
+    """The same overwrite as below, of events that a dump lets one infer: the weakest fact decides."""
+    first = {"cpu": 0, "arg": 1, "source": 4, "code": 2, "rip": 0x101000, "rsp": 0x11CFA8, "cs": 8, "ss": 16, "rflags": 2}
+    events = [(Kind.DELIVER, first), (Kind.DELIVER, {**first, "rip": 0x100180, "rsp": 0x109F50})]
+    for fidelity in (Fidelity.INFERRED, Fidelity.INFERRED | Fidelity.RETURNS):
+        (finding, *_) = play(events, fidelity=fidelity).findings
+        assert (finding.rule, finding.evidence) == (Rule.FRAME_CLOBBERED, Evidence.INFERRED)
+    back = {"cpu": 0, "arg": 0, "rsp": 0x109FD8, "addr": 0x101002, "cs": 8, "rflags": 2, "value": 0x11CFA8, "ss": 16}
+    (finding, *_) = play([*events, (Kind.RETURN, back), (Kind.RETURN, back)], fidelity=Fidelity.INFERRED).findings
+    assert finding.settled_evidence <= Evidence.INFERRED
+
+
 def test_int1_twice() -> None:
     """Scenario e_int1: int 1 in the handler of int 1 on IST4."""
     first = {"cpu": 0, "arg": 1, "source": 4, "code": 2, "rip": 0x101000, "rsp": 0x11CFA8, "cs": 8, "ss": 16, "rflags": 2}

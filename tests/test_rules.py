@@ -96,7 +96,7 @@ def test_every_mismatch_has_its_section(bit: Mismatch) -> None:
 
 def test_which_errors_can_be_warnings() -> None:
     assert {info.id for info in rules.CATALOGUE if rules.can_be_inferred(info.rule)} == {
-        "frame-clobbered", "user-stack", "error-code-mismatch", "neighbour-overwrite",
+        "frame-clobbered", "user-stack", "error-code-mismatch", "neighbour-overwrite", "double-fault",
     }  # fmt: skip
 
 

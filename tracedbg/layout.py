@@ -26,6 +26,7 @@ class Fidelity(IntFlag):
     NONE = 0
     RETURNS = 1
     SS_ZEROED = 2
+    INFERRED = 4  # the events are inferred from one instant
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +232,7 @@ class Layout:
                 raise FormatError(path, "layout names a table that it does not hold", offset)
         if any(r.lo >= r.hi or r.kind > REGION_READS or r.slot > SLOT_RSP0 for r in regions):
             raise FormatError(path, "layout holds an impossible region", offset)
-        return cls(tss, idts, cpus, regions, Fidelity(head.fidelity & 3))
+        return cls(tss, idts, cpus, regions, Fidelity(head.fidelity & 7))
 
 
 class _TooMany(ValueError):

@@ -99,4 +99,7 @@ def rank(level: str) -> int:
 
 def can_be_inferred(rule: Rule) -> bool:
     """Whether the replay may raise a rule on inferred evidence."""
-    return rule in (Rule.FRAME_CLOBBERED, Rule.USER_STACK, Rule.ERROR_CODE_MISMATCH, Rule.NEIGHBOUR_OVERWRITE)
+    return rule in (
+        Rule.FRAME_CLOBBERED, Rule.USER_STACK, Rule.ERROR_CODE_MISMATCH, Rule.NEIGHBOUR_OVERWRITE,
+        Rule.DOUBLE_FAULT,  # of a dump, as are the others there
+    )  # fmt: skip

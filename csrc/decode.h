@@ -22,6 +22,8 @@ enum dec_status {
 	DEC_E_FORMAT = -2  /* the bytes are not of this format; the state says where */
 };
 
+struct tdb_event;      /* of tdb.h: 64 bytes */
+
 int dec_abi(void);
 /* cffi: end */
 

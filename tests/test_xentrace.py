@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tracedbg.errors import FormatError, UsageError
-from tracedbg.formats import ReaderOptions, open_input, open_inputs, xentrace, xentrace_merge
+from tracedbg.formats import ReaderOptions, open_input, open_inputs, xentrace, xentrace_decode
 from tracedbg.state import EventFlag, Kind, Known, Source
 from tracedbg.trace import Event, Trace
 
@@ -341,7 +341,7 @@ def test_a_cpu_keeps_the_order_of_its_records(read: Opener) -> None:
 
 
 def test_what_is_held_is_bounded(read: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xentrace_merge, "MAX_HELD", 1000)
+    monkeypatch.setattr(xentrace_decode, "MAX_HELD", 1000)
     monkeypatch.setattr(xentrace, "BLOCK", 256)
     one, two = (window(cpu, *(record(0x81001, tsc=2 * n + cpu) for n in range(100))) for cpu in (0, 1))
     with read(one + two) as trace:

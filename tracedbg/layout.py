@@ -337,6 +337,11 @@ def from_toml(text: str, path: str) -> Layout:
         raise FormatError(path, "not TOML: nested too deeply") from None
     except ValueError as error:  # numbers of thousands of digits too
         raise FormatError(path, f"not TOML: {error}") from None
+    return from_table(table, path)
+
+
+def from_table(table: dict[str, Any], path: str) -> Layout:
+    """The layout of parsed TOML, or of another text with the same tables. Raises FormatError."""
     try:
         return _layout_of(table)
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:

@@ -61,6 +61,10 @@ FORMATS = (
         options=("monitor", "stores"),  # refused by the reader: it has its own layout
     ),
     Format(
+        "jsonl", "text: JSON Lines, a header and then an event a line, for scripts", "tracedbg.formats.jsonl_read",
+        "tracedbg.formats.jsonl_write", suffixes=(".jsonl",), text=True, options=("stores",),
+    ),
+    Format(
         "qemu-int", "log of qemu-system-x86_64 -d int, one file or one a thread", "tracedbg.formats.qemu_log",
         options=("monitor", "stores"),
     ),

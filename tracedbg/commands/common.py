@@ -47,9 +47,10 @@ def input_arguments(parser: argparse.ArgumentParser) -> None:
         help="the source records every store into this range (repeatable)",
     )  # fmt: skip
     group.add_argument(
-        "--cpu-hz", metavar="HZ", type=frequency, default=0, help="TSC frequency of a Xen trace, as 2400000000, 2400M or 2.4G"
+        "--cpu-hz", metavar="HZ", type=frequency, default=0, help="TSC frequency, for a trace without it, as 2400M or 2.4G"
     )
     group.add_argument("--vendor", choices=("vmx", "svm"), help="whose VM exits a Xen trace has (default: recognised)")
+    group.add_argument("--keep-marks", action="store_true", help="of a trace.dat: tracepoints that are no CPU events, as marks")
 
 
 def threads_argument(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +108,7 @@ class Inputs:
         self.stores: tuple[tuple[int, int], ...] = tuple(args.stores)
         self.cpu_hz: int = args.cpu_hz
         self.vendor: str | None = args.vendor
+        self.keep_marks: bool = args.keep_marks
         self.layout: Layout | None = None
         for name in args.layout:
             layout = load_toml(name)
@@ -123,7 +125,7 @@ class Inputs:
 
         options = formats.ReaderOptions(
             from_format=self.from_format, layout=self.layout, monitor=self.monitor, stores=self.stores,
-            cpu_hz=self.cpu_hz, vendor=self.vendor,
+            cpu_hz=self.cpu_hz, vendor=self.vendor, keep_marks=self.keep_marks,
         )  # fmt: skip
         trace = formats.open_inputs(list(paths), options=options)
         if trace.foreign is None:

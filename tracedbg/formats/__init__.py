@@ -79,6 +79,8 @@ def _open_native(inputs: list[Input], options: ReaderOptions) -> Trace:
     source = inputs[0]
     if options.cpu_hz or options.vendor:
         raise UsageError("--cpu-hz and --vendor belong to a trace of Xen's xentrace")
+    if options.keep_marks:
+        raise UsageError("--keep-marks belongs to a trace of Linux's own tracing")
     if options.monitor:
         raise UsageError("--monitor belongs to the log of an emulator; a native trace takes --layout")
     if len(inputs) > 1:

@@ -56,6 +56,10 @@ FORMATS = (
         "xentrace", "binary file of Xen's xentrace, 3.2 and later", "tracedbg.formats.xentrace", options=("cpu_hz", "vendor")
     ),
     Format(
+        "trace-dat", "trace.dat of trace-cmd, version 6 and 7 (Linux's own tracing)", "tracedbg.formats.tracedat",
+        options=("cpu_hz", "keep_marks"),
+    ),
+    Format(
         "case", "text: events, layout, prose and expectations in one file", "tracedbg.formats.case",
         "tracedbg.formats.case_write", suffixes=(".case",), text=True,
         options=("monitor", "stores"),  # refused by the reader: it has its own layout
@@ -77,7 +81,8 @@ class ReaderOptions:
 
     `monitor`: monitor texts for the layout (instead of those found beside the log); `stores`: address ranges whose
     software stores the source records completely; `discover`: look for layout files beside the input. `cpu_hz` (0: not
-    known) and `vendor` (vmx, svm): of the CPU that a Xen trace is from.
+    known) and `vendor` (vmx, svm): of the CPU that a Xen trace is from. `keep_marks`: of a trace of an operating system, what is
+    no event of the CPU, as marks.
     """
 
     from_format: str | None = None
@@ -88,6 +93,7 @@ class ReaderOptions:
     discover: bool = True
     cpu_hz: int = 0
     vendor: str | None = None
+    keep_marks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +127,9 @@ class Writer(Protocol):
 _OPTIONS = {
     "monitor": "--monitor belongs to the log of an emulator; this trace takes --layout",
     "stores": "--stores belongs to a source that records stores",
-    "cpu_hz": "--cpu-hz belongs to a trace of Xen's xentrace",
+    "cpu_hz": "--cpu-hz belongs to a trace whose times are the TSC",
     "vendor": "--vendor belongs to a trace of Xen's xentrace",
+    "keep_marks": "--keep-marks belongs to a trace of Linux's own tracing",
 }
 
 

@@ -1,0 +1,36 @@
+/*
+ * ftrace_private.h - what the two halves of the decoder share: ftrace.c (pages, streams), ftrace_record.c (records).
+ */
+#ifndef TRACEDBG_FTRACE_PRIVATE_H
+#define TRACEDBG_FTRACE_PRIVATE_H
+
+#include <string.h>
+
+#include "ftrace.h"
+#include "tdb.h"
+
+/* x86 alone makes these pages and reads them here: little-endian, unaligned. */
+static inline uint32_t get32(const uint8_t *p)
+{
+	uint32_t v;
+
+	memcpy(&v, p, sizeof(v));
+	return v;
+}
+
+static inline uint64_t get64(const uint8_t *p)
+{
+	uint64_t v;
+
+	memcpy(&v, p, sizeof(v));
+	return v;
+}
+
+/* Records were lost on a CPU: what it knew is gone.  A vCPU may have run on it.  lost UINT64_MAX: nobody knows how many. */
+void ftr_gap(struct ftr_state *s, struct ftr_stream *st, uint64_t lost);
+/* Write what was held back for a VM exit. */
+void ftr_release(struct ftr_state *s, struct ftr_stream *st);
+/* A record of a tracepoint: puts at most two events into the queue; whether the caller is to complete the last one. */
+int ftr_record(struct ftr_state *s, struct ftr_stream *st, const uint8_t *p, uint32_t size);
+
+#endif

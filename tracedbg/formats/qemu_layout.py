@@ -18,10 +18,15 @@ if TYPE_CHECKING:
 Pairs = Counter[tuple[int, int]]  # (TR base, IDT base) -> 64-bit events
 
 
-def resolve(events: Events, snapshots: list[Snapshot], options: ReaderOptions) -> tuple[Layout, dict[str, Any]]:
-    """The layout, and what META says of it. Raises FormatError if no snapshot is of the log's machine."""
+def resolve(
+    events: Events, snapshots: list[Snapshot], options: ReaderOptions, judged: bool
+) -> tuple[Layout, dict[str, Any]]:
+    """The layout, and what META says of it (`judged`: there are deliveries that need one).
+
+    Raises FormatError if no snapshot is of the log's machine.
+    """
     pairs: Pairs = Counter()
-    for tables in events.tables.values():
+    for tables in events.cpus.tables.values():
         if tables.count and tables.tr:
             pairs[tables.tr, tables.idt] += tables.count
     told: dict[str, Any] = {}
@@ -41,11 +46,14 @@ def resolve(events: Events, snapshots: list[Snapshot], options: ReaderOptions) -
         layout = _merge(options.layout, layout)
         told["origin"] = "file" if chosen is None else "file and monitor"
     layout = _numbered(layout, events)
-    if len(events.cpus) <= 1 and len(layout.tss) == len(layout.idts) == 1 and not any(c.tss is not None for c in layout.cpus):
+    numbered = any(cpu.tss is not None for cpu in layout.cpus)
+    if len(events.cpus.seen) <= 1 and len(layout.tss) == len(layout.idts) == 1 and not numbered:
         layout = replace(layout, cpus=(CpuTables(0, 0),))  # one CPU, one table of each kind: they belong together
-    if layout.is_empty:
+    if layout.is_empty and judged:
         told["missing"] = True
         told["commands"] = _commands(events)
+    elif layout.is_empty:
+        told["needless"] = True  # nothing in it can be judged
     layout = layout.with_stacks()
     fidelity = layout.fidelity | Fidelity.SS_ZEROED
     if events.counts["returns"]:
@@ -92,7 +100,7 @@ def _numbered(layout: Layout, events: Events) -> Layout:
     by_tss = {t.base: i for i, t in enumerate(layout.tss)}
     by_idt = {t.base: i for i, t in enumerate(layout.idts)}
     cpus = list(layout.cpus)
-    for number, cpu in sorted(events.cpus.items()):
+    for number, cpu in sorted(events.cpus.seen.items()):
         cpus += [CpuTables()] * (number + 1 - len(cpus))
         if cpus[number] == CpuTables() and cpu.tr is not None and cpu.idt is not None:
             cpus[number] = CpuTables(by_tss.get(cpu.tr), by_idt.get(cpu.idt))
@@ -127,7 +135,7 @@ def _merge(given: Layout, found: Layout) -> Layout:
 
 def _commands(events: Events) -> list[str]:
     """Monitor commands that print the tables, for each CPU of the log."""
-    bases = {number: (cpu.tr, cpu.idt) for number, cpu in sorted(events.cpus.items())}
+    bases = {number: (cpu.tr, cpu.idt) for number, cpu in sorted(events.cpus.seen.items())}
     result = []
     for number, (tr, idt) in (bases or {0: (None, None)}).items():
         result += [f"cpu {number}", "info registers"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,10 @@ from tracedbg.errors import FormatError, UsageError
 from tracedbg.formats import qemu_layout, qemu_monitor
 from tracedbg.formats.qemu_events import Events
 from tracedbg.formats.qemu_monitor import Snapshot
-from tracedbg.formats.qemu_text import LogText, is_log
+from tracedbg.formats.qemu_order import Order
+from tracedbg.formats.qemu_patterns import is_log
+from tracedbg.formats.qemu_stamps import SECOND
+from tracedbg.formats.qemu_text import LogText
 from tracedbg.formats.source import STDIN, Input
 from tracedbg.layout import Layout
 from tracedbg.writer import TraceWriter
@@ -19,15 +23,14 @@ if TYPE_CHECKING:
     from tracedbg.formats import ReaderOptions
 
 FORMAT = "qemu-int"
-CLOCK_HZ = 1_000_000  # of the trace backend's timestamps
 
 _FIDELITY = {
     "returns": "IRETs are not logged",
     "stores": "stores of software are not logged",
-    "time": "the log has no time",
-    "source": "LAPIC and 8259 interrupts cannot be told apart (external)",
+    "time": "the log has no time; -msg timestamp=on with a trace event, or QEMU 10.2, would give it",
+    "source": "LAPIC and 8259 interrupts cannot be told apart (external); -d trace:apic_*,trace:pic_* would tell",
     "ss": "QEMU zeroes SS on every IST switch",
-    "rf": "QEMU 7.2 pushes RFLAGS with RF clear",
+    "rf": "RF in a pushed RFLAGS is the version's choice: QEMU 7.2 clears it, 10.0 sets it for faults and interrupts",
     "failed": "a v= line is an attempt; a failed one is known by the event after it",
 }
 
@@ -41,30 +44,32 @@ def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -
     """Read the log (several inputs: one file a vCPU thread) into the writer, with layout and META."""
     snapshots, skipped = _snapshots(inputs[0], options)
     events = Events(inputs[0].path, writer, snapshots, options.layout or Layout())
+    order = Order(events)
     texts = [LogText() for _ in inputs]
     streams = [text.items(source.chunks()) for text, source in zip(texts, inputs, strict=True)]
     if len(inputs) == 1:
-        events.run(streams[0])
+        order.run(streams[0])
     else:
-        events.run_threads(streams)
+        order.run_threads(streams)
     for text, source in zip(texts, inputs, strict=True):
         if not text.seen:
             raise FormatError(source.path, "not a QEMU -d int log", 0)
         events.counts.update(text.counts)
     events.close()
-    layout, told = qemu_layout.resolve(events, snapshots, options)
+    attempts = sum(text.causes.heads for text in texts)
+    layout, told = qemu_layout.resolve(events, snapshots, options, attempts > events.counts["legacy"])
     if skipped:
         told["skipped"] = skipped
-    timed = any(text.timed for text in texts)
-    writer.cpus = max(len(events.cpus), *(n + 1 for n in events.cpus), len(layout.cpus), 1)
-    writer.clock_hz = CLOCK_HZ if timed else 0
+    seen = events.cpus.seen
+    writer.cpus = max(len(seen), *(n + 1 for n in seen), len(layout.cpus), 1)
+    writer.clock_hz = SECOND if any(text.stamps.any for text in texts) else 0
     writer.layout = layout
     writer.symbols = options.symbols or writer.symbols
     writer.meta = {
         **writer.meta,
         "source": _source(inputs, texts),
-        "counts": _counts(events),
-        "fidelity": _fidelity(events, options, timed, any(text.bare for text in texts)),
+        "counts": {**_counts(events), **_asked(texts)},
+        "fidelity": _fidelity(events, options, texts, attempts),
         "layout": told,
     }
 
@@ -114,16 +119,42 @@ def _counts(events: Events) -> dict[str, int]:
     return counts
 
 
-def _fidelity(events: Events, options: ReaderOptions, timed: bool, bare: bool) -> dict[str, str]:
+def _asked(texts: Sequence[LogText]) -> dict[str, int]:
+    """Requests for NMIs in the trace lines, by way: they may have been masked, or held and merged."""
+    asked: Counter[str] = Counter()
+    for text in texts:
+        asked.update(text.requests.asked)
+    return {f"nmi_{way}": number for way, number in sorted(asked.items())}
+
+
+def _fidelity(events: Events, options: ReaderOptions, texts: Sequence[LogText], attempts: int) -> dict[str, str]:
     told = dict(_FIDELITY)
     if events.counts["returns"]:
         where = "the given ranges" if options.stores else "ranges that the log does not name"
         told["returns"] = "every IRET is recorded by the plugin"
         told["stores"] = f"stores are recorded in {where}"
-    if timed:
-        told["time"] = "that of the last trace line before the event"
-    if bare:
-        told["mode"] = "no register dumps: long mode is assumed; RFLAGS, TR and IDT are unknown"
-    if len(events.cpus) > 1:
+    if any(text.stamps.lines for text in texts):
+        told["time"] = "wall clock, of the v= line itself"
+    elif any(text.stamps.traces for text in texts):
+        told["time"] = "wall clock, of the last trace line before the event; none before the first"
+    if any(text.requests.told for text in texts):
+        told["source"] = "fixed (LAPIC) and extint (8259) by the apic_* and pic_* trace lines; external where these do not tell"
+    if mode := _mode(events, attempts, any(text.bare for text in texts)):
+        told["mode"] = mode
+    if len(events.cpus.seen) > 1:
         told["cpu"] = "told apart by TR base; numbers as in the monitor text, else by first appearance"
     return told
+
+
+def _mode(events: Events, attempts: int, bare: bool) -> str:
+    """What is not in long mode, and so not judged."""
+    legacy, unlogged = events.counts["legacy"], events.counts["serviced"] - events.counts["serviced_delivered"]
+    said = []
+    if bare:
+        said.append("no register dumps: long mode is assumed; RFLAGS, TR and IDT are unknown")
+    if legacy:
+        which = "all deliveries are" if legacy == attempts else f"{legacy:,} of {attempts:,} deliveries are"
+        said.append(f"{which} in 32-bit mode: counted, not judged")
+    if unlogged > 0:
+        said.append(f"{unlogged:,} interrupt{'' if unlogged == 1 else 's'} without a v= line: real mode has none")
+    return "; ".join(said)

@@ -89,6 +89,8 @@ _ORIGINS = {"file": "as given", "monitor": "monitor text", "file and monitor": "
 def layout_notes(trace: Trace) -> list[str]:
     """Where the layout comes from and what is assumed of it, a line each."""
     table = meta_dict(trace, "layout")
+    if trace.layout.is_empty and table.get("needless") is True:
+        return ["layout: none, and none is needed: no delivery is in long mode"]
     if trace.layout.is_empty:
         return ["layout: none; frames cannot be placed (`tracedbg help layout`)"]
     notes = []
@@ -132,6 +134,8 @@ def verdict(result: Result, fail_on: str = "error") -> str:
         return f"unknown: {'; '.join(result.unknown)}" + (f" ({said})" if said else "")
     if not said and not result.stats.judged and result.stats.deliveries + result.stats.legacy:
         return "clean, but no delivery could be judged"
+    if not said and meta_dict(result.trace, "layout").get("needless") is True:
+        return "clean, but there is no delivery to judge"
     if result.known_count and len(parts) == 1:
         return f"clean ({said})"
     return said or "clean"

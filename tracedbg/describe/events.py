@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tracedbg import x86
 from tracedbg.describe.names import UNKNOWN, Names, hex_address, return_kind
+from tracedbg.layout import Fidelity
 from tracedbg.state import Event, EventFlag, Kind, Known, ShutdownReason, Source
 from tracedbg.text import clean
 
@@ -60,6 +61,10 @@ class EventWords(Names):
             page = exception and event.arg == x86.PAGE_FAULT
             text += f"  cr2 {hex_address(event.value)}" if page else f"  event data {event.value:#x}"
         return text + ("  (not in long mode)" if event.flags & EventFlag.LEGACY else "")
+
+    def _enter(self, event: Event) -> str:
+        dumped = self.trace.layout.fidelity & Fidelity.INFERRED
+        return f"{'registers as dumped' if dumped else 'handler entered'}{self._at(event)}"
 
     def _return(self, event: Event) -> str:
         name = return_kind(event)
@@ -193,7 +198,7 @@ _MODES = {0: "real mode", 1: "32-bit protected mode", 2: "long mode"}
 _EVENT_LINES = {
     Kind.UNKNOWN: lambda words, e: "record of an unknown kind",
     Kind.DELIVER: EventWords._deliver,
-    Kind.ENTER: lambda words, e: f"handler entered{words._at(e)}",
+    Kind.ENTER: EventWords._enter,
     Kind.RETURN: EventWords._return,
     Kind.WRITE: EventWords._access,
     Kind.READ: EventWords._access,

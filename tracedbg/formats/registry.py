@@ -60,6 +60,9 @@ FORMATS = (
         options=("cpu_hz", "keep_marks"),
     ),
     Format(
+        "vmcore", "ELF dump of QEMU's dump-guest-memory: the frames of one instant", "tracedbg.formats.vmcore"
+    ),
+    Format(
         "case", "text: events, layout, prose and expectations in one file", "tracedbg.formats.case",
         "tracedbg.formats.case_write", suffixes=(".case",), text=True,
         options=("monitor", "stores"),  # refused by the reader: it has its own layout

@@ -75,6 +75,10 @@ FORMATS = (
         "qemu-int", "log of qemu-system-x86_64 -d int, one file or one a thread", "tracedbg.formats.qemu_log",
         options=("monitor", "stores"),
     ),
+    Format(
+        "ctf", "CTF 1.8 for Babeltrace, Trace Compass: a directory with a stream a CPU", writer="tracedbg.export.ctf",
+        directory=True,
+    ),
 )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ enum tdb_kind {
 	TDB_MSR = 19,      /* MSR code := value */
 	TDB_CR = 20,       /* CR arg := value */
 	TDB_GS = 21,       /* arg 0 SWAPGS; arg 1 GS base := value */
-	TDB_FLAGS = 22,    /* RFLAGS := rflags */
+	TDB_FLAGS = 22,    /* RFLAGS := rflags; not known: arg, if that is, = IF */
 	TDB_SHADOW = 23,   /* STI (arg 0) or MOV SS (arg 1) shadow: rip = the instruction it covers */
 	TDB_EOI = 24,
 	TDB_TOKEN = 25,    /* shadow-stack token of IST arg (0 other) at addr: held code, holds value; bit 0 busy */

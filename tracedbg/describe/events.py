@@ -176,11 +176,11 @@ class EventWords(Names):
 
     def _flags(self, event: Event) -> str:
         if not event.known & Known.RFLAGS:
-            return f"RFLAGS = {UNKNOWN}"
+            return f"RFLAGS = {UNKNOWN}" + (f"  IF={event.arg & 1}" if event.known & Known.ARG else "") + self._at(event)
         return f"RFLAGS = {event.rflags:#x}  IF={event.rflags >> 9 & 1}"
 
     def _shutdown(self, event: Event) -> str:
-        return f"shutdown: {shutdown_words(event.arg)}"
+        return f"shutdown: {shutdown_words(event.arg if event.known & Known.ARG else ShutdownReason.OTHER)}"
 
     def _gap(self, event: Event) -> str:
         lost = f"{event.value:,} records lost" if event.known & Known.VALUE else "records lost, how many is unknown"

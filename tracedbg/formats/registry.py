@@ -55,6 +55,7 @@ FORMATS = (
     Format(
         "xentrace", "binary file of Xen's xentrace, 3.2 and later", "tracedbg.formats.xentrace", options=("cpu_hz", "vendor")
     ),
+    Format("perf-data", "perf.data with Intel PT and Event Trace", "tracedbg.formats.perf_data", options=("cpu_hz",)),
     Format(
         "trace-dat", "trace.dat of trace-cmd, version 6 and 7 (Linux's own tracing)", "tracedbg.formats.tracedat",
         options=("cpu_hz", "keep_marks"),
@@ -78,6 +79,9 @@ FORMATS = (
     Format(
         "ctf", "CTF 1.8 for Babeltrace, Trace Compass: a directory with a stream a CPU", writer="tracedbg.export.ctf",
         directory=True,
+    ),
+    Format(
+        "intel-pt", "raw Intel PT (AUX) data with Event Trace, one file a CPU", "tracedbg.formats.intel_pt", options=("cpu_hz",)
     ),
 )  # fmt: skip
 

@@ -83,6 +83,10 @@ FORMATS = (
     Format(
         "intel-pt", "raw Intel PT (AUX) data with Event Trace, one file a CPU", "tracedbg.formats.intel_pt", options=("cpu_hz",)
     ),
+    Format(
+        "ftrace-text", "text of perf script, trace-cmd report, or ftrace's own trace file", "tracedbg.formats.ftrace_text",
+        options=("cpu_hz",),
+    ),
 )  # fmt: skip
 
 

@@ -89,10 +89,13 @@ def axis_of(trace: Trace) -> Axis:
     return Axis(False, trace.clock_hz, 0, untimed, back, why) if why else axis
 
 
-def columns(trace: Trace) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
-    """The number of the first event, times, known bits and CPUs (NO_CPU: unknown, or none of the trace) of CHUNK events each."""
+def columns(trace: Trace, offset: int = 0) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
+    """The number of the first event, times, known bits and CPUs (NO_CPU: unknown, or none of the trace) of CHUNK events each.
+
+    `offset`: of the records to begin with.
+    """
     size = CHUNK * wire.EVENT_SIZE
-    for at in range(0, len(trace.events), size):
+    for at in range(offset, len(trace.events), size):
         chunk = bytes(trace.events[at : at + size])
         with memoryview(chunk) as raw, raw.cast("Q") as longs, raw.cast("H") as shorts:
             times, known, cpus = longs[0::8].tolist(), shorts[29::32].tolist(), shorts[26::32].tolist()

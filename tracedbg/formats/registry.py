@@ -87,6 +87,14 @@ FORMATS = (
         "ftrace-text", "text of perf script, trace-cmd report, or ftrace's own trace file", "tracedbg.formats.ftrace_text",
         options=("cpu_hz",),
     ),
+    Format(
+        "perfetto", "Perfetto's protobuf: frames as slices a stack, findings, flows", writer="tracedbg.export.perfetto",
+        suffixes=(".pftrace", ".perfetto-trace"), extra="perfetto",
+    ),
+    Format(
+        "chrome-json", "the same as JSON of Chrome's trace viewer: Perfetto, Speedscope", writer="tracedbg.export.chrome",
+        suffixes=(".chrome.json",), text=True,
+    ),
 )  # fmt: skip
 
 

@@ -58,12 +58,13 @@ def listing() -> list[str]:
     """The formats, a line each."""
     from tracedbg.formats.registry import FORMATS
 
-    lines = ["name        in  out  suffix     what"]
+    rows = [("name", "in", "out", "suffix", "what")]
     for form in FORMATS:
         more = f" (needs tracedbg[{form.extra}])" if form.extra else ""
-        marks = f"{'x' if form.reads else '-'}   {'x' if form.writes else '-'}"
-        suffixes = " ".join(form.suffixes) or "-"
-        lines.append(f"{form.name:<12}{marks}    {suffixes:<11}{form.what}{more}")
+        marks = ("x" if form.reads else "-", "x" if form.writes else "-")
+        rows.append((form.name, *marks, form.suffixes[0] if form.suffixes else "-", form.what + more))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append("")
     lines.append("An input is recognised by its content. Verdicts are written by `tracedbg replay --format`:")
     lines.append("text, json, markdown, sarif, junit, github, html.")

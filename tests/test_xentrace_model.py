@@ -117,6 +117,57 @@ def test_whole_recordings(shared: Path, name: str) -> None:
     compare((shared / "xentrace" / f"{name}.bin").read_bytes())
 
 
+def mutated(r: random.Random, data: bytes) -> bytes:
+    out = bytearray(data)
+    for _ in range(r.choice((1, 1, 2, 8))):
+        at = r.randrange(len(out))
+        out[at] = r.choice((0, 0xFF, r.randrange(256), out[at] ^ 1 << r.randrange(8)))
+    if r.random() < 0.2:
+        at = r.randrange(len(out))
+        del out[at : at + r.randrange(1, 9)]
+    return bytes(out)
+
+
+def excerpt(name: str, r: random.Random) -> bytes:
+    """A few records from anywhere in a sample, in windows of two CPUs."""
+    data, windows, at = gzip.decompress((DATA / f"{name}.bin.gz").read_bytes()), [], 0
+    while at < len(data):
+        size = struct.unpack_from("<I", data, at + 8)[0]
+        windows.append(data[at + 12 : at + 12 + size])
+        at += 12 + size
+    out = b""
+    for cpu in (0, 1, 0, 1):
+        body, first, at = r.choice(windows), r.randrange(200), 0
+        ends = [0]
+        while at < len(body) and len(ends) < first + 12:
+            header = struct.unpack_from("<I", body, at)[0]
+            at += 4 + (header >> 28 & 7) * 4 + (header >> 31) * 8
+            ends.append(at)
+        body = body[ends[max(len(ends) - 12, 0)] : ends[-1]]
+        out += struct.pack("<III", 0x2001F003, cpu, len(body)) + body
+    return out
+
+
+@pytest.mark.parametrize("name", ["hvm", "pv", "smp"])
+def test_mutated_samples(name: str) -> None:
+    seen: Counter[str] = Counter()
+    r = random.Random(3)
+    excerpts = [excerpt(name, r) for _ in range(50)]
+    for number in range(8000):
+        model = compare(mutated(r, excerpts[number % 50]))
+        seen.update(what for _, what in model.damage)
+        seen["whole"] += not model.damage
+    assert {*seen} == {*DAMAGE.values(), "whole"}
+
+
+@pytest.mark.parametrize("name", ["hvm", "pv", "smp"])
+def test_mutated_whole_samples(name: str) -> None:
+    data = gzip.decompress((DATA / f"{name}.bin.gz").read_bytes())
+    r = random.Random(4)
+    for _ in range(20):
+        compare(mutated(r, data))
+
+
 def streams(first: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: Counter[str] = Counter()
     for seed in range(first, first + count):
@@ -138,9 +189,9 @@ def streams(first: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_random_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    streams(0, 3000, monkeypatch)
+    streams(0, 2000, monkeypatch)
 
 
 @pytest.mark.slow
 def test_many_random_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    streams(3000, 60_000, monkeypatch)
+    streams(2000, 60_000, monkeypatch)

@@ -19,6 +19,9 @@ CPU_CHANGE = 0x2001F003
 LOST, WRAP = 0x1F001, 0x1F002
 ROOM = 3  # events for which there must be room before a record is taken
 
+KNOWN = {name: int(Known[name.upper()]) for name in ("rip", "addr", "value", "code", "arg", "source")} | {"flags": 0}
+CPU, TIME = int(Known.CPU), int(Known.TIME)  # plain numbers: an OR of enum members costs more than all else here
+
 SVM_REASONS = {*range(0x60, 0xA8), *range(0x400, 0x404)}
 VMX_REASONS = {1, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 17, 21, 22, 23, 25, 26, 27, 28, 29, 30, 31}
 
@@ -35,7 +38,7 @@ class Event:
 
     def pack(self) -> bytes:
         f = {name: self.fields.get(name, 0) for name in ("rip", "addr", "value", "code", "arg", "source", "flags")}
-        known = self.known | Known.CPU | (0 if self.time is None else Known.TIME)
+        known = self.known | CPU | (0 if self.time is None else TIME)
         return wire.EVENT_PACK.pack(
             self.time or 0, f["rip"], 0, f["addr"], f["value"], 0, f["code"], 0, self.cpu, 0, 0, known, self.kind, f["arg"],
             f["source"], f["flags"],
@@ -87,6 +90,16 @@ class Model:
         self.vectors: dict[int, int] = {}
         self.old: list[Window] = []
         self.new: list[Window] = []
+        self.makers: dict[int, Callable[[Cpu, int, list[int]], None]] = {
+            LOST: self.lost, 0x82002: self.inject_fault, 0x82102: self.inject_fault, 0x82003: self.inject_exception,
+            0x82004: self.inject_interrupt, 0x82005: self.inject_interrupt, 0x82020: self.waits, 0x8200F: self.interrupt,
+            0x82010: self.nmi, 0x82015: self.machine_check, 0x82011: self.note, 0x82023: self.note, 0x82024: self.note,
+            0x201003: self.pv_trap, 0x201103: self.pv_trap, 0x201004: self.pv_fault, 0x201104: self.pv_fault,
+            0x802003: self.bind, 0x802006: self.bind, 0x802004: self.unbind, 0x802007: self.unmapped, 0x802008: self.handled,
+            0x81001: self.vm_entry, 0x81401: self.vm_entry,
+        }  # fmt: skip
+        for event in (0x81002, 0x81003, 0x81102, 0x81103):
+            self.makers[event] = self.makers[event | 0x400] = self.vm_exit
         self.whole = self.file()
         self.write(self.old + self.new)
 
@@ -173,28 +186,15 @@ class Model:
         if header >> 31:
             cpu.tsc = data[0] | data[1] << 32
             del data[:2]
-        maker = self.maker(event)
+        maker = self.makers.get(event)
         if maker is not None:
             try:
                 maker(cpu, event, data)
             except (Odd, IndexError):
                 self.counts["odd_records"] += 1
 
-    def maker(self, event: int) -> Callable[[Cpu, int, list[int]], None] | None:
-        if event & ~0x400 in (0x81002, 0x81003, 0x81102, 0x81103):
-            return self.vm_exit
-        if event & ~0x400 == 0x81001:
-            return self.vm_entry
-        return {
-            LOST: self.lost, 0x82002: self.inject_fault, 0x82102: self.inject_fault, 0x82003: self.inject_exception,
-            0x82004: self.inject_interrupt, 0x82005: self.inject_interrupt, 0x82020: self.waits, 0x8200F: self.interrupt,
-            0x82010: self.nmi, 0x82015: self.machine_check, 0x82011: self.note, 0x82023: self.note, 0x82024: self.note,
-            0x201003: self.pv_trap, 0x201103: self.pv_trap, 0x201004: self.pv_fault, 0x201104: self.pv_fault,
-            0x802003: self.bind, 0x802006: self.bind, 0x802004: self.unbind, 0x802007: self.unmapped, 0x802008: self.handled,
-        }.get(event)  # fmt: skip
-
     def add(self, cpu: Cpu, kind: Kind, time: int | None, **fields: int) -> Event:
-        known = sum(Known[name.upper()] for name in fields if name != "flags")
+        known = sum(KNOWN[name] for name in fields)
         event = Event(cpu.number, kind, time, known, fields)
         self.new[-1].events.append(event)
         cpu.made += 1
@@ -235,7 +235,7 @@ class Model:
             self.counts["odd_records"] += 1
         elif cpu.exit_event is not None:  # without effect if it is written already
             cpu.exit_event.fields["source"] = source
-            cpu.exit_event.known |= Known.SOURCE
+            cpu.exit_event.known |= KNOWN["source"]
 
     def deliver(self, cpu: Cpu, vector: int | None, source: Source, time: int | None, **fields: int) -> None:
         if self.vendor == 1 and cpu.in_exit and cpu.stgi != cpu.exit:

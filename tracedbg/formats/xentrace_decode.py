@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from tracedbg import wire
@@ -36,9 +37,11 @@ class Decoder:
         held = MAX_HELD // wire.EVENT_SIZE
         # Pages that are never touched cost nothing; the memory goes when the last view of it goes.
         self._area = ffi.from_buffer(mmap.mmap(-1, lib.xt_size(held)))
-        self._texts: list[str] = []
         self._decoder = ffi.cast("xt *", self._area)
-        if lib.xt_open(self._area, held, self._format(vendor, text_at)) < 0:
+        declared, self._texts = declaration()
+        form = ffi.new("struct xt_format *", declared[0])
+        form.vendor, form.text_at = _VENDORS[vendor], text_at
+        if lib.xt_open(self._area, held, form) < 0:
             raise ValueError("the declaration of the records is not one that the decoder takes")
         self._rest = b""
         self.told = ffi.new("struct xt_told *")
@@ -66,34 +69,38 @@ class Decoder:
         """Whose exits they are, as far as given or recognised."""
         return next(vendor for vendor, number in _VENDORS.items() if number == self.told.vendor)
 
-    def _format(self, vendor: Vendor | None, text_at: int) -> Any:
-        form = ffi.new("struct xt_format *")
-        form.window, form.nmi_reason, form.vendor, form.text_at = CPU_CHANGE, SVM_NMI, _VENDORS[vendor], text_at
-        form.records = len(RECORDS)
-        for place, record in enumerate(RECORDS):
-            self._record(form.record[place], record)
-        form.texts = len(self._texts)
-        form.length = [len(text.encode()) for text in self._texts]
-        for reason, whose in REASONS.items():
-            form.reason[reason] = _VENDORS[whose]
-        for vector in MADE_UP:
-            form.made_up[vector] = 1
-        for source, vector in WAITING.items():
-            form.wait[source] = vector
-        return form
 
-    def _record(self, out: Any, record: Record) -> None:
-        out.event, out.make = record.event, getattr(lib, f"XT_{record.make.name}")
-        out.words, out.source, out.vendor = record.least, record.source, _VENDORS[record.vendor]
-        out.none, out.text = record.no_code, len(self._texts)
-        self._texts += record.texts
-        if isinstance(record.vector, Part):
-            _part(out.vector, record.vector)
-        else:
-            out.arg = record.vector
-        for name in _PARTS:
-            if (part := getattr(record, name)) is not None:
-                _part(getattr(out, name), part)
+@cache
+def declaration() -> tuple[Any, tuple[str, ...]]:
+    """What xentrace_events.py declares, as the decoder takes it (struct xt_format), and the texts of the notes."""
+    form = ffi.new("struct xt_format *")
+    form.window, form.nmi_reason, form.records = CPU_CHANGE, SVM_NMI, len(RECORDS)
+    texts: list[str] = []
+    for place, record in enumerate(RECORDS):
+        _record(form.record[place], record, len(texts))
+        texts += record.texts
+    form.texts = len(texts)
+    form.length = [len(text.encode()) for text in texts]
+    for reason, vendor in REASONS.items():
+        form.reason[reason] = _VENDORS[vendor]
+    for vector in MADE_UP:
+        form.made_up[vector] = 1
+    for source, vector in WAITING.items():
+        form.wait[source] = vector
+    return form, tuple(texts)
+
+
+def _record(out: Any, record: Record, text: int) -> None:
+    out.event, out.make = record.event, getattr(lib, f"XT_{record.make.name}")
+    out.words, out.source, out.vendor = record.least, record.source, _VENDORS[record.vendor]
+    out.none, out.text = record.no_code, text
+    if isinstance(record.vector, Part):
+        _part(out.vector, record.vector)
+    else:
+        out.arg = record.vector
+    for name in _PARTS:
+        if (part := getattr(record, name)) is not None:
+            _part(getattr(out, name), part)
 
 
 def _part(out: Any, part: Part) -> None:

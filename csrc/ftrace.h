@@ -16,6 +16,7 @@ enum {
 	FTR_MAX_POINTS = 65536,
 	FTR_FIELDS = 8,
 	FTR_QUEUE = 32,
+	FTR_HANDLERS = 8,
 	FTR_DAMAGES = 20,
 	FTR_NONE = 0xffffffff
 };
@@ -29,12 +30,12 @@ enum ftr_what {          /* what becomes of a tracepoint's records */
 	FTR_KVM_ENTRY = 5,   /* fields: enum ftr_entry_field */
 	FTR_KVM_EXIT = 6,    /* fields: enum ftr_exit_field */
 	FTR_KVM_REQUEST = 7, /* the event, of the vCPU whose thread runs; fields: vector, has an error code, error code */
-	FTR_KVM_ACCEPT = 8   /* fields: APIC id, delivery mode, vector */
+	FTR_KVM_ACCEPT = 8   /* fields: KVM's number of the vCPU, delivery mode, vector */
 };
 
 enum ftr_entry_field { FTR_N_VCPU = 0, FTR_N_RIP = 1, FTR_N_INTR = 2, FTR_N_CODE = 3 };
 
-enum ftr_exit_field { FTR_X_VCPU = 0, FTR_X_RIP = 1, FTR_X_REASON = 2, FTR_X_ISA = 3, FTR_X_INFO2 = 4, FTR_X_INTR = 5 };
+enum ftr_exit_field { FTR_X_RIP = 0, FTR_X_REASON = 1, FTR_X_ISA = 2, FTR_X_INFO2 = 3, FTR_X_INTR = 4 };
 
 enum ftr_to {            /* where FTR_EVENT and FTR_ASK put a field */
 	FTR_TO_NOTHING = 0, FTR_TO_RIP = 1, FTR_TO_RSP = 2, FTR_TO_ADDR = 3, FTR_TO_VALUE = 4, FTR_TO_CODE = 5, FTR_TO_ARG = 6
@@ -78,9 +79,9 @@ struct ftr_stream {
 	uint32_t head, queued;
 	uint32_t held;           /* the queued event from which on nothing is written yet, FTR_NONE: none */
 	uint32_t irq;            /* of the interrupt whose handlers run */
-	uint32_t handler;        /* hash of the name of its first one */
+	uint32_t handler[8];     /* hashes of the names of those that ran; FTR_HANDLERS */
+	uint32_t handlers;
 	uint32_t exited;         /* the IRQ of the last FTR_IRQ_EXIT */
-	uint32_t vcpu;           /* native CPU of the last kvm_entry, FTR_NONE */
 	uint32_t page_size;
 	uint16_t cpu;
 	uint8_t last;            /* no pages come after `data` */

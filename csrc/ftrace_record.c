@@ -6,7 +6,7 @@
 enum {
 	FLAG_HARDIRQ = 0x08, FLAG_SOFTIRQ = 0x10, FLAG_NMI = 0x40,   /* common_flags: enum trace_flag_type */
 	DM_LOWEST = 1, DM_NMI = 4,       /* delivery modes of a LAPIC */
-	VMX_EXCEPTION_NMI = 0, VMX_NMI_WINDOW = 8, SVM_NMI = 0x61,
+	VMX_EXCEPTION_NMI = 0, SVM_NMI = 0x61,
 	ISA_VMX = 1, ISA_SVM = 2,
 	INTR_EXT = 0, INTR_NMI = 2, INTR_HARD = 3, INTR_SOFT_INT = 4, INTR_PRIV = 5, INTR_SOFT_EXC = 6,
 	VECTOR_NMI = 2, VECTOR_MC = 18
@@ -85,7 +85,6 @@ void ftr_gap(struct ftr_state *s, struct ftr_stream *st, uint64_t lost)
 	}
 	push(st, &e);
 	s->count[FTR_C_GAPS]++;
-	st->vcpu = FTR_NONE;
 	st->irq = st->exited = FTR_NONE;
 	st->in_nmi = 0;
 }
@@ -182,7 +181,7 @@ static void emit(struct ftr_state *s, struct ftr_stream *st, const struct ftr_po
 		keep_code(s, e.rip);
 }
 
-/* An interrupt runs each of its handlers; one record a handler. */
+/* An interrupt runs each of its handlers once; one record a handler. */
 static void irq_entry(struct ftr_state *s, struct ftr_stream *st, const struct ftr_point *pt, const uint8_t *p, uint32_t size,
 		      uint8_t flags)
 {
@@ -199,12 +198,17 @@ static void irq_entry(struct ftr_state *s, struct ftr_stream *st, const struct f
 		while (at < size && length-- && p[at])
 			hash = (hash ^ p[at++]) * 16777619U;
 	}
-	if (st->handled == st->records - 1 && st->exited == (uint32_t)irq && st->irq == (uint32_t)irq && hash != st->handler) {
+	for (at = 0; at < st->handlers && st->handler[at] != hash; at++)
+		;
+	if (st->handled == st->records - 1 && st->exited == (uint32_t)irq && st->irq == (uint32_t)irq && at == st->handlers &&
+	    at < FTR_HANDLERS) {
+		st->handler[st->handlers++] = hash;
 		s->count[FTR_C_SHARED]++;
 		return;
 	}
 	st->irq = (uint32_t)irq;
-	st->handler = hash;
+	st->handler[0] = hash;
+	st->handlers = 1;
 	emit(s, st, pt, p, size, flags);
 }
 
@@ -244,15 +248,16 @@ static void kvm_entry(struct ftr_state *s, struct ftr_stream *st, const struct f
 {
 	uint64_t id = FTR_NONE, rip, info, code;
 	struct tdb_event e = event(st, TDB_VMENTRY, st->cpu, 0);
+	uint32_t vcpu;
 
 	ftr_release(s, st);
 	field(&pt->field[FTR_N_VCPU], p, size, &id);
-	st->vcpu = vcpu_of(s, pid_of(s, p, size), (uint32_t)id, 1);
+	vcpu = vcpu_of(s, pid_of(s, p, size), (uint32_t)id, 1);
 	push(st, &e);
-	e = event(st, TDB_DELIVER, st->vcpu, 0);
+	e = event(st, TDB_DELIVER, vcpu, 0);
 	if (!field(&pt->field[FTR_N_INTR], p, size, &info) || !injected((uint32_t)info, &e))
 		return;
-	if (st->vcpu == FTR_NONE) {
+	if (vcpu == FTR_NONE) {
 		s->count[FTR_C_NO_VCPU]++;
 		return;
 	}
@@ -267,7 +272,7 @@ static void kvm_entry(struct ftr_state *s, struct ftr_stream *st, const struct f
 
 static void kvm_exit(struct ftr_state *s, struct ftr_stream *st, const struct ftr_point *pt, const uint8_t *p, uint32_t size)
 {
-	uint64_t reason = 0, rip, isa = 0, info2 = 0, intr = 0, id = FTR_NONE;
+	uint64_t reason = 0, rip, isa = 0, info2 = 0, intr = 0;
 	struct tdb_event e = event(st, TDB_VMEXIT, st->cpu, TDB_K_CODE), held, was = {0};
 	uint32_t info;
 	int failed;
@@ -278,8 +283,10 @@ static void kvm_exit(struct ftr_state *s, struct ftr_stream *st, const struct ft
 	}
 	field(&pt->field[FTR_X_ISA], p, size, &isa);
 	field(&pt->field[FTR_X_INFO2], p, size, &info2);
-	field(&pt->field[FTR_X_INTR], p, size, &intr);
-	field(&pt->field[FTR_X_VCPU], p, size, &id);
+	if (!field(&pt->field[FTR_X_INTR], p, size, &intr) && isa == ISA_VMX) {
+		intr = info2;   /* before Linux 5.10 */
+		info2 = 0;
+	}
 	/* VMX: IDT-vectoring information (SDM Vol. 3C 25.9.3), or no entry at all (bit 31 of the reason).  SVM: EXITINTINFO. */
 	info = (uint32_t)(isa == ISA_SVM ? intr : isa == ISA_VMX ? info2 : 0);
 	failed = isa == ISA_VMX && reason & VALID;
@@ -301,14 +308,8 @@ static void kvm_exit(struct ftr_state *s, struct ftr_stream *st, const struct ft
 	    (isa == ISA_SVM && reason == SVM_NMI))
 		e.source = TDB_SRC_NMI, e.known |= TDB_K_SOURCE;
 	push(st, &e);
-	if (isa == ISA_VMX && reason == VMX_NMI_WINDOW) {
-		/* The guest could take an NMI: an IRET ended the blocking before. */
-		if (st->vcpu == FTR_NONE)
-			st->vcpu = vcpu_of(s, pid_of(s, p, size), (uint32_t)id, 1);
-		e = event(st, TDB_UNBLOCK, st->vcpu, TDB_K_ARG);
-		if (st->vcpu != FTR_NONE)
-			push(st, &e);
-	}
+	/* An NMI-window exit shows that an IRET came, not whose: as the end of blocking alone it would make the frame of the last
+	   NMI look abandoned. */
 }
 
 static void request(struct ftr_state *s, struct ftr_stream *st, const uint64_t *table, uint32_t cpu, uint64_t vector,
@@ -337,24 +338,25 @@ static void kvm_request(struct ftr_state *s, struct ftr_stream *st, const struct
 	request(s, st, pt->event, vcpu_of(s, pid_of(s, p, size), FTR_NONE, 1), vector, coded ? (int64_t)(uint32_t)code : -1);
 }
 
-/* An interrupt that a virtual LAPIC accepted.  The record names the LAPIC, not the VM: only in the thread of its own vCPU, and
+/* An interrupt that a virtual LAPIC accepted.  The record names the vCPU, not the VM: only in the thread of this vCPU, and
  * not in an interrupt on top of it, is it known whose it is. */
 static void kvm_accept(struct ftr_state *s, struct ftr_stream *st, const struct ftr_point *pt, const uint8_t *p, uint32_t size,
 		       uint8_t flags)
 {
-	uint64_t apic, mode, vector = 0x100;
+	uint64_t id, mode, vector = 0x100;
 	uint32_t cpu = FTR_NONE;
 
-	if (!field(&pt->field[0], p, size, &apic) || !field(&pt->field[1], p, size, &mode)) {
+	if (!field(&pt->field[0], p, size, &id) || !field(&pt->field[1], p, size, &mode)) {
 		s->count[FTR_C_ODD]++;
 		return;
 	}
 	field(&pt->field[2], p, size, &vector);
+	mode = mode >> 8 & 7;   /* as the ICR has it */
 	if (mode > DM_LOWEST && mode != DM_NMI)
 		return;
 	if (!(flags & (FLAG_HARDIRQ | FLAG_SOFTIRQ | FLAG_NMI)))
 		cpu = vcpu_of(s, pid_of(s, p, size), FTR_NONE, 0);
-	if (cpu != FTR_NONE && s->vcpu[cpu - s->first_vcpu].id != (uint32_t)apic)
+	if (cpu != FTR_NONE && s->vcpu[cpu - s->first_vcpu].id != (uint32_t)id)
 		cpu = FTR_NONE;
 	request(s, st, pt->event, cpu, mode == DM_NMI ? VECTOR_NMI : vector, -1);
 }

@@ -273,7 +273,7 @@ class _Seven(_Common):
                 parts[number] = int.from_bytes(data[:8], "little")
             else:
                 self.option(number, data)
-        return 0
+        raise cursor.fail("the options have no end")
 
     def _header(self, at: int) -> tuple[int, bool, int]:
         """Of a section: its id, whether it is packed, its size."""
@@ -286,7 +286,9 @@ class _Seven(_Common):
         number, packed, size = self._header(at)
         if number != wanted:
             raise FormatError(self.store.path, f"section {wanted} expected, not {number}", at)
-        body = Cursor(self.store, at + 16, min(at + 16 + size, self.store.size))
+        if at + 16 + size > self.store.size:
+            raise FormatError(self.store.path, "cut short", self.store.size)
+        body = Cursor(self.store, at + 16, at + 16 + size)
         if not packed:
             return body
         packed_size, whole = body.number(4), body.number(4)

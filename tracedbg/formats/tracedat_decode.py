@@ -103,8 +103,9 @@ class Decoder:
     def names(self) -> bytes:
         """The SYMBOLS section for where the host was interrupted. A guest's addresses may be the same: then there is none."""
         state = self._state
-        addresses = [int(address) for address in state.code if address]
-        return self._names().subset(addresses).to_bytes() if addresses and not state.vcpus else b""
+        if not state.codes or state.vcpus:
+            return b""
+        return self._names().subset(int(address) for address in state.code if address).to_bytes()
 
     def _names(self) -> Symbols:
         if self._symbols is None:
@@ -129,7 +130,7 @@ class Decoder:
                 _set(to.field[slot], one, where)
         self._keep += [points, numbers]
         state.point, state.points, state.number = points, len(made.points) + 1, numbers
-        common = next((p.form.fields for p in made.points if "common_type" in p.form.fields), {})
+        common = next((p.form.fields for p in made.points if "common_type" in p.form.text), {})
         for name in ("type", "flags", "pid"):
             _set(getattr(state, name), common.get(f"common_{name}"), 0)
         ffi.memmove(state.note, mark(self._writer, IN_NMI), wire.EVENT_SIZE)
@@ -139,7 +140,7 @@ class Decoder:
         streams = ffi.new("struct ftr_stream[]", max(len(pages), 1))
         for stream, part in zip(streams, pages, strict=False):
             stream.cpu, stream.page_size = part.cpu, part.buffer.page_size
-            stream.held = stream.irq = stream.exited = stream.vcpu = lib.FTR_NONE
+            stream.held = stream.irq = stream.exited = lib.FTR_NONE
         self._keep.append(streams)
         state.stream, state.streams = streams, len(pages)
         state.commit_at, state.long_size, state.data_at = page.commit_at, page.long_size, page.data_at

@@ -78,12 +78,12 @@ _KNOWN: dict[tuple[str, str], tuple[int, bytes, Places, tuple[str, ...]]] = {
     ("irq", "irq_handler_exit"): (lib.FTR_IRQ_EXIT, _MARK, _in_order("irq"), ("irq",)),
     ("kvm", "kvm_entry"): (lib.FTR_KVM_ENTRY, _MARK, _in_order("vcpu_id", "rip", "intr_info", "error_code"), ()),
     ("kvm", "kvm_exit"): (
-        lib.FTR_KVM_EXIT, _MARK, _in_order("vcpu_id", "guest_rip", "exit_reason", "isa", "info2", "intr_info"), ("exit_reason",),
+        lib.FTR_KVM_EXIT, _MARK, _in_order("guest_rip", "exit_reason", "isa", "info2", "intr_info"), ("exit_reason",),
     ),
     ("kvm", "kvm_inj_exception"): (
         lib.FTR_KVM_REQUEST, _REQUEST, _in_order("exception", "has_error", "error_code"), ("exception",),
     ),
-    ("kvm", "kvm_inj_virq"): (lib.FTR_KVM_REQUEST, _REQUEST, _in_order("irq"), ("irq",)),
+    ("kvm", "kvm_inj_virq"): (lib.FTR_KVM_REQUEST, _REQUEST, _in_order("irq"), ("irq",)),  # newer: vector
     ("kvm", "kvm_apic_accept_irq"): (
         lib.FTR_KVM_ACCEPT, _REQUEST, _in_order("apicid", "dm", "vec"), ("apicid", "dm", "vec"),
     ),
@@ -95,9 +95,11 @@ def table(forms: Iterable[Format], writer: TraceWriter, keep_marks: bool) -> Tab
     """The table for these formats; with `keep_marks` every tracepoint that is no event is a mark."""
     result = Table()
     for form in forms:
-        result.kprobes |= "__probe_ip" in form.fields
+        result.kprobes |= "__probe_ip" in form.text
         entry = form.system == "irq_vectors" and form.name.endswith("_entry")
         known = _VECTOR if entry else _KNOWN.get((form.system, form.name))
+        if known is not None and form.name == "kvm_inj_virq" and "vector" in form.fields:
+            known = (*known[:2], _in_order("vector"), ("vector",))
         point = None if known is None else _point(form, *known)
         if known is not None and point is None:
             result.unusable.append(form.full_name)
@@ -119,8 +121,10 @@ def _other(form: Format, writer: TraceWriter, keep_marks: bool) -> Point:
     """A tracepoint that is no event: skipped, or a mark. That of a kprobe has its place; a field `sp` of it is taken for RSP."""
     if not keep_marks:
         return Point(form, lib.FTR_SKIP)
-    places = ((name, to) for name, to in (("__probe_ip", lib.FTR_TO_RIP), ("sp", lib.FTR_TO_RSP)) if "__probe_ip" in form.fields)
-    fields = tuple((form.fields[name], to) for name, to in places if name in form.fields and form.fields[name].size == 8)
+    fields: tuple[tuple[Field, int], ...] = ()
+    if "__probe_ip" in form.text:
+        places = ((form.fields.get(name), to) for name, to in (("__probe_ip", lib.FTR_TO_RIP), ("sp", lib.FTR_TO_RSP)))
+        fields = tuple((one, to) for one, to in places if one is not None and one.size == 8)
     return Point(form, lib.FTR_EVENT, mark(writer, form.full_name), fields)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 _MAX_AT = 1 << 16
 
@@ -25,14 +26,19 @@ class Field:
         return self.size in (1, 2, 4, 8) and self.at < _MAX_AT
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Format:
-    """The format of a tracepoint's records. The fields that all have (`common_type` ...) are among them."""
+    """The format of a tracepoint's records. A trace has some thousand, of which a few are looked into."""
 
     system: str
     name: str
     number: int
-    fields: Mapping[str, Field]
+    text: str
+
+    @cached_property
+    def fields(self) -> Mapping[str, Field]:
+        """The fields by name. Those that all records have (`common_type` ...) are among them."""
+        return fields(self.text)
 
     @property
     def full_name(self) -> str:
@@ -67,16 +73,16 @@ def fields(text: str) -> dict[str, Field]:
 
 def event(system: str, text: str) -> Format | None:
     """An event's format; None if the text is none."""
-    body = text.partition("print fmt:")[0]
+    head, _, body = text.partition("format:")
     name = number = ""
-    for line in _lines(body):
+    for line in _lines(head):
         if line.startswith("name:"):
             name = name or line[5:].strip()
         elif line.startswith("ID:"):
             number = number or line[3:].strip()
     if not name or not number.isdecimal() or len(number) > 5 or int(number) > 0xFFFF:
         return None
-    return Format(system, name, int(number), fields(body))
+    return Format(system, name, int(number), body.partition("print fmt:")[0])
 
 
 @dataclass(frozen=True, slots=True)

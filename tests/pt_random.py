@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from perf_asm import EVENT, MTC, TSC, attr, aux, info, perf_data, record
-from pt_asm import OVF, PAD, PSB, PSBEND, cbr, cfe, cyc, evd, fup, mode, mtc, tma, tsc
+from pt_asm import OVF, PAD, PSB, PSBEND, cbr, cfe, evd, fup, mode, mtc, tma, tsc
 
 TSC0 = 1 << 40
 PLAIN = (2, 3, 4, 5, 6, 7, 8, 10, 12, 13)  # IRET SMI RSM SIPI INIT VMENTRY VMEXIT SHUTDOWN UINTR UIRET
@@ -61,8 +61,7 @@ class Source:
     def between(self) -> None:
         r = self.r
         if r.random() < 0.2:
-            # perf reckons with CYC packets where it has a clock.
-            self.out += r.choice((PAD, PAD * 3 if self.clock else cyc(r.randrange(5000)), PAD * 3))
+            self.out += r.choice((PAD, PAD * 3))  # no CYC: perf estimates times by them
 
     def step(self) -> None:
         r = self.r

@@ -644,3 +644,21 @@ int64_t pt_gap(struct pt_stream *s, int sync, const struct pt_text *text, void *
 	}
 	return (int64_t)o.n;
 }
+
+int64_t pt_settle(struct pt_stream *s, uint64_t time, const struct pt_text *text, void *ret, uint64_t cap)
+{
+	struct out o = { s, text, ret, 0 };
+	const uint64_t grace = 1 << 20;         /* TSC ticks; a branch takes its CPU some thousands */
+
+	if (!s || !text || !ret || cap < PT_ROOM)
+		return DEC_E_ARG;
+	s->mark = 0;
+	if (s->wait == PT_W_TIP && s->held_time && time >= grace && s->held_tsc <= time - grace)
+		release(&o);
+	return (int64_t)o.n;
+}
+
+uint64_t pt_waits(const struct pt_stream *s)
+{
+	return s && s->held_type && s->held_time ? s->held_tsc : UINT64_MAX;
+}

@@ -122,6 +122,10 @@ int64_t pt_decode(struct pt_stream *s, const uint8_t *data, uint64_t size, uint6
 		  void *ret, uint64_t cap);
 /** Say that something is missing here: what waits is written, then a gap.  sync: go on at the next PSB.  As pt_decode(). */
 int64_t pt_gap(struct pt_stream *s, int sync, const struct pt_text *text, void *ret, uint64_t cap);
+/** Write an event that has waited for its branch since long before `time`: no TIP comes any more.  As pt_decode(). */
+int64_t pt_settle(struct pt_stream *s, uint64_t time, const struct pt_text *text, void *ret, uint64_t cap);
+/** Time of the event that waits, if that is known; else UINT64_MAX. */
+uint64_t pt_waits(const struct pt_stream *s);
 
 struct pt_run {            /* events of one stream, in their order */
 	const void *events;

@@ -34,7 +34,8 @@ int64_t pt_merge(struct pt_run *run, uint32_t runs, uint64_t limit, void *ret, u
 			}
 			k = key(r);
 			if (!best || k < least) {
-				second = best ? least : limit;
+				if (best && least < second)
+					second = least;
 				best = r;
 				least = k;
 			} else if (k < second) {

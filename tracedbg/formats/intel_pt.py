@@ -24,18 +24,31 @@ if TYPE_CHECKING:
 FORMAT = "intel-pt"
 
 _PSB = b"\x02\x82" * 8
-_LOOK = 64  # packets after a PSB that have to be some
+_TRIES = 64  # beginnings that are looked at
+_STATUS = frozenset((
+    lib.PT_PSB, lib.PT_PAD, lib.PT_TSC, lib.PT_TMA, lib.PT_MTC, lib.PT_CYC, lib.PT_CBR, lib.PT_PIP, lib.PT_VMCS, lib.PT_MODE_EXEC,
+    lib.PT_MODE_TSX, lib.PT_MNT, lib.PT_FUP,
+))  # fmt: skip
 
 
 def sniff(head: bytes) -> bool:
-    """Whether there is a PSB in it with packets behind it."""
+    """Whether there is a whole PSB+ in it: a PSB, the status packets that belong to it, and its end."""
     at = head.find(_PSB)
-    if at < 0:
-        return False
-    packets = ffi.new("struct pt_packet[]", _LOOK)
-    place, block = ffi.new("uint64_t *", at), ffi.new("int *")
-    n = lib.pt_lex(ffi.from_buffer(head), len(head), place, block, packets, _LOOK)
-    return bool(n == _LOOK or (n > 0 and len(head) - place[0] < 16))
+    for _ in range(_TRIES):
+        if at < 0:
+            return False
+        if _whole(head[at : at + 256]):
+            return True
+        at = head.find(_PSB, at + 2)
+    return False
+
+
+def _whole(data: bytes) -> bool:
+    packets = ffi.new("struct pt_packet[]", len(data))
+    n = lib.pt_lex(ffi.from_buffer(data), len(data), ffi.new("uint64_t *"), ffi.new("int *"), packets, len(data))
+    kinds = [packets[i].type for i in range(n)]
+    end = next((i for i, kind in enumerate(kinds) if kind in (lib.PT_PSBEND, lib.PT_OVF)), 0)
+    return end > 0 and _STATUS.issuperset(kinds[:end])
 
 
 def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -> None:

@@ -161,13 +161,23 @@ class _Reader:
         if item.first and item.reference:
             # All other buffers were read since this one was read last: what is older than that is there.
             if (limit := self._read.get(number)) is not None and limit <= item.reference:
-                self._merge.write(limit)
+                self._write(limit)
             self._read[number] = item.reference
         for rows in self._fed(self.streams[number], item):
             self._merge.add(number, rows)
         if self._merge.held > MAX_HELD:
             self.merge_late += len(self.streams) > 1
             self._merge.write()
+
+    def _write(self, limit: int) -> None:
+        """Write what is older than `limit` and than what still waits for a packet."""
+        for number, stream in enumerate(self.streams):
+            if stream.waits <= limit:
+                if rows := stream.settle(limit):
+                    self._merge.add(number, rows)
+                limit = min(limit, stream.waits - 1)
+        if limit > 0:
+            self._merge.write(limit)
 
     def _fed(self, stream: Stream, item: Chunk) -> Iterator[bytes]:
         data, offset = item.data, item.offset

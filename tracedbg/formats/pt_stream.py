@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,17 +115,29 @@ class Stream:
 
     def gap(self, offset: int | None = None) -> bytes:
         """Say that something is missing here; `offset`: the stream goes on there, at the next PSB."""
-        out = bytearray(lib.PT_ROOM * wire.EVENT_SIZE)
-        while True:
-            n = lib.pt_gap(self._state, offset is not None, self._texts.table, ffi.from_buffer(out), lib.PT_ROOM)
-            assert n >= 0
-            if not self._state.mark:
-                break
-            self._texts.need(self._state.mark - 1)
+        rows = self._say(lib.pt_gap, offset is not None)
         if offset is not None:
             self._rest, self._at = b"", 0
             self.start(offset)
-        return bytes(out[: n * wire.EVENT_SIZE])
+        return rows
+
+    def settle(self, time: int) -> bytes:
+        """An event that has waited for what it is bound to since long before a time."""
+        return self._say(lib.pt_settle, time)
+
+    @property
+    def waits(self) -> int:
+        """Time of an event that waits for what it is bound to; none: the greatest."""
+        return int(lib.pt_waits(self._state))
+
+    def _say(self, what: Callable[..., int], argument: int) -> bytes:
+        out = bytearray(lib.PT_ROOM * wire.EVENT_SIZE)
+        while True:
+            n = what(self._state, argument, self._texts.table, ffi.from_buffer(out), lib.PT_ROOM)
+            assert n >= 0
+            if not self._state.mark:
+                return bytes(out[: n * wire.EVENT_SIZE])
+            self._texts.need(self._state.mark - 1)
 
     def start(self, offset: int) -> None:
         """Where the stream begins."""

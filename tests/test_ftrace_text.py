@@ -17,6 +17,7 @@ import pytest
 from tracedbg import wire
 from tracedbg.errors import FormatError, UsageError
 from tracedbg.formats import ReaderOptions, ftrace_exits, ftrace_rows, ftrace_text, open_input, open_inputs, recognise
+from tracedbg.formats.registry import input_names
 from tracedbg.formats.source import Input
 from tracedbg.state import Event, EventFlag, Kind, Known, Source
 from tracedbg.trace import Trace
@@ -683,3 +684,30 @@ def test_recognised_and_told(run_cli: Callable[..., Any]) -> None:
     said = run_cli("info", DATA / "script.txt", code=0).stdout
     assert "ftrace-text log\n" in said and "  nmi: nmi_handler comes after a handler ran" in said
     assert "27 deliveries cannot be placed on a stack" in run_cli("replay", DATA / "script.txt", code=3).stdout
+
+
+@pytest.mark.parametrize(
+    ("recording", "text", "unit"),
+    [
+        ("trace-dat/trace-smp2.dat", "trace-dat/trace-smp2.report.txt", 1000),
+        ("trace-dat/trace-v6-tsc-kp-smp2.dat.gz", "trace-dat/trace-v6-tsc-kp-smp2.report-R.txt", 1),
+    ],
+)
+def test_the_text_says_what_the_recording_says(recording: str, text: str, unit: int, shared: Path) -> None:
+    """But for what is not printed: RIP where a symbol stands for it, the module of a handler, the digits below a microsecond."""
+    if "trace-dat" not in input_names():
+        pytest.skip("no reader of trace.dat")
+
+    def told(path: Path) -> list[tuple[Any, ...]]:
+        with read(path) as trace:
+            rows = []
+            for n in range(trace.count):
+                kind, fields = brief(trace.event(n))
+                fields["time"] = round(fields["time"] / unit)
+                if fields.get("rip", 0) >> 63:
+                    del fields["rip"]
+                note = mark_text(trace, n).replace(" [mce_inject]", "") if kind == "mark" else ""
+                rows.append((kind, fields, note))
+            return rows
+
+    assert told(shared / text) == told(shared / recording)

@@ -204,7 +204,8 @@ def _layout(trace: Trace, words: Words) -> Iterator[str]:
             yield f"  {kinds[region.kind]} [{hex_address(region.lo)}, {hex_address(region.hi)})"
     if layout.fidelity & Fidelity.INFERRED:
         yield "  the events are inferred from one instant: no finding is stronger than that"
-    yield "  returns: " + ("every one is recorded" if layout.fidelity & Fidelity.RETURNS else "not all are recorded")
+    else:
+        yield "  returns: " + ("every one is recorded" if layout.fidelity & Fidelity.RETURNS else "not all are recorded")
     if layout.fidelity & Fidelity.SS_ZEROED:
         yield "  the source zeroes SS on an IST switch (QEMU TCG); hardware does not"
 

@@ -69,24 +69,29 @@ def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -
         if source.head.startswith(magic):
             raise FormatError(source.path, f"{what}; dump the guest with QEMU's dump-guest-memory, as ELF", 0)
     with _contents(source) as data:
-        reader = _Reader(Dump(data, source.path), writer)
-        reader.run(given or Layout())
-        meta: dict[str, Any] = {
-            "source": {"format": FORMAT, "name": source.name, "bytes": len(data)},
-            "counts": {
-                "cpus": len(reader.dump.cpus),
-                "memory_bytes": reader.dump.memory_bytes,
-                "live_frames": sum(len(stacks.chain) for stacks in reader.found),
-            },
-            "fidelity": _FIDELITY,
-            "layout": {"origin": "the dump"},
-            "examined": reader.told(),
-        }
+        parse(data, source.path, writer, given or Layout())
+        writer.meta["source"] = {"format": FORMAT, "name": source.name, "bytes": len(data)}
+    writer.symbols = options.symbols or writer.symbols
+
+
+def parse(data: Bytes, path: str, writer: TraceWriter, given: Layout) -> None:
+    """Read the bytes of a dump into the writer; `given`: names and user memory. Raises FormatError."""
+    reader = _Reader(Dump(data, path), writer)
+    reader.run(given)
+    meta: dict[str, Any] = {
+        "counts": {
+            "cpus": len(reader.dump.cpus),
+            "memory_bytes": reader.dump.memory_bytes,
+            "live_frames": sum(not link.left for stacks in reader.found for link in stacks.chain),
+        },
+        "fidelity": _FIDELITY,
+        "layout": {"origin": "the dump"},
+        "examined": reader.told(),
+    }
     if reader.events.unknown:
         meta["layout"]["missing"] = True
     if reader.damage:
         meta["damage"] = reader.damage
-    writer.symbols = options.symbols or writer.symbols
     writer.meta = {**writer.meta, **meta}
 
 
@@ -185,9 +190,11 @@ class _Reader:
 
     def _idt(self, space: Space, cpu: Cpu) -> Idt:
         """The gates of the pages that are there."""
+        count = min(cpu.idt.limit + 1, _IDT_SIZE) // 16
+        table = space.read(cpu.idt.base, 16 * count)
         gates: dict[int, Gate] = {}
-        for vector in range(min(cpu.idt.limit + 1, _IDT_SIZE) // 16):
-            raw = space.read(cpu.idt.base + 16 * vector, 16)
+        for vector in range(count):
+            raw = space.read(cpu.idt.base + 16 * vector, 16) if table is None else table[16 * vector : 16 * vector + 16]
             if raw is None:
                 continue
             gate = self._gates.get(raw)
@@ -207,7 +214,9 @@ class _Reader:
                 numbers[key] = len(idts)
                 idts.append(tables.idt)
             cpus[tables.cpu.number] = CpuTables(tss.setdefault(tables.tss, len(tss)), numbers[key])
-        layout = replace(given, tss=tuple(tss), idts=tuple(idts), cpus=tuple(cpus), fidelity=Fidelity.INFERRED).with_stacks()
+        # The frames of a chain are live: nothing returned between their deliveries but what is said.
+        fidelity = Fidelity.INFERRED | Fidelity.RETURNS
+        layout = replace(given, tss=tuple(tss), idts=tuple(idts), cpus=tuple(cpus), fidelity=fidelity).with_stacks()
         spaces = {tables.cpu.number: tables.space for tables in self._tables}
         tops = sorted(r.hi for r in layout.regions if r.kind == REGION_STACK)
         below = dict(zip(tops[1:], tops, strict=False))

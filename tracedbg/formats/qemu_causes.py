@@ -16,47 +16,47 @@ class Causes:
     def __init__(self, counts: Counter[str]) -> None:
         self.counts = counts
         self.heads = 0  # `v=` lines so far
-        self._checks: list[tuple[int, int, int]] = []  # old, new, heads before it
-        self._services: list[tuple[int, int, int]] = []  # vector, source, heads before it
+        self.checks: list[tuple[int, int, int]] = []  # old, new, heads before it
+        self.services: list[tuple[int, int, int]] = []  # vector, source, heads before it
 
     @property
     def waiting(self) -> bool:
         """Whether a line waits that the next `v=` line may not be the one of."""
-        return bool(self._checks or self._services)
+        return bool(self.checks or self.services)
 
     def check(self, old: int, new: int, heads: int) -> None:
         """A check_exception line, `heads` of the `v=` lines before it."""
-        self._checks.append((old, new, heads))
-        del self._checks[:-KEEP]
+        self.checks.append((old, new, heads))
+        del self.checks[:-KEEP]
 
     def service(self, vector: int, source: int, heads: int) -> None:
         """A Servicing line for an interrupt from `source` (enum tdb_source)."""
         self.counts["serviced"] += 1
-        self._services.append((vector, source, heads))
-        del self._services[:-KEEP]
+        self.services.append((vector, source, heads))
+        del self.services[:-KEEP]
 
     def resolve(self, vector: int, soft: bool) -> tuple[int, int, int]:
         """What the lines that belong to a `v=` line (counted already) say: old, the source serviced, new."""
         old, serviced, cause = -1, 0, -1
         if not soft:
-            for n in range(len(self._checks) - 1, -1, -1):
-                was, new, _ = self._checks[n]
+            for n in range(len(self.checks) - 1, -1, -1):
+                was, new, _ = self.checks[n]
                 # A fault during the delivery of a fault is delivered as #DF.
                 if new == vector or (vector == 8 and was != NO_OLD):
                     old, cause = was, new
-                    del self._checks[n]
+                    del self.checks[n]
                     break
             if old < 0:
-                for n in range(len(self._services) - 1, -1, -1):
-                    if self._services[n][0] == vector:
-                        serviced = self._services[n][1]
-                        del self._services[n]
+                for n in range(len(self.services) - 1, -1, -1):
+                    if self.services[n][0] == vector:
+                        serviced = self.services[n][1]
+                        del self.services[n]
                         break
         newest = self.heads - STALE
-        if self._checks:
-            self._checks = [c for c in self._checks if c[2] > newest]
-        if self._services:
-            self._services = [s for s in self._services if s[2] > newest]
+        if self.checks:
+            self.checks = [c for c in self.checks if c[2] > newest]
+        if self.services:
+            self.services = [s for s in self.services if s[2] > newest]
         if serviced:
             self.counts["serviced_delivered"] += 1
         return old, serviced, cause

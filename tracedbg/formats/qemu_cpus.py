@@ -52,7 +52,7 @@ class Cpus:
         self.tables: dict[tuple[bytes, bytes], Tables] = {}
         self.single = False  # the log says that there is one CPU only
         self._of_tr: dict[int, int] = {}
-        self._long_efer: set[bytes] = set()
+        self.long_efer: set[bytes] = set()
         for number, cpu in enumerate(given.cpus):
             if cpu.tss is not None and given.tss[cpu.tss].base:
                 self._of_tr.setdefault(given.tss[cpu.tss].base, number)
@@ -60,10 +60,6 @@ class Cpus:
             for number, block in sorted(snapshot.cpus.items()):
                 if block.tr:
                     self._of_tr.setdefault(block.tr, number)
-
-    def tables_of(self, tr: bytes, idt: bytes, efer: bytes) -> Tables:
-        """Those of a register dump, as printed; `efer` empty: there was none."""
-        return self.tables.get((tr, idt)) or self._new_tables(tr, idt, efer)
 
     def add(self, number: int) -> Cpu:
         """A CPU that is new. Raises FormatError if there are too many."""
@@ -88,16 +84,15 @@ class Cpus:
         return number
 
     def is_long(self, efer: bytes) -> bool:
-        """Whether an EFER says long mode."""
-        if efer in self._long_efer:
-            return True
+        """Whether an EFER says long mode; one that does is remembered in `long_efer`."""
         if not int(efer, 16) & _LMA:
             return False
-        if len(self._long_efer) < 64:
-            self._long_efer.add(efer)
+        if len(self.long_efer) < 64:
+            self.long_efer.add(efer)
         return True
 
-    def _new_tables(self, tr: bytes, idt: bytes, efer: bytes) -> Tables:
+    def new_tables(self, tr: bytes, idt: bytes, efer: bytes) -> Tables:
+        """Those of a register dump, as printed, that is not in `tables`; `efer` empty: there was no dump."""
         base = int(tr or b"0", 16)
         table = int(idt or b"0", 16)
         if not efer:

@@ -39,7 +39,9 @@ class Events:
         """One `v=` line."""
         (number, vector, code, soft, cs, ip, ss, sp, cr2, rflags, tr, idt, efer, smm, _, serviced, damaged, time) = a
         cpus = self.cpus
-        tables = cpus.tables_of(tr, idt, efer)
+        tables = cpus.tables.get((tr, idt))
+        if tables is None:
+            tables = cpus.new_tables(tr, idt, efer)
         number_of_cpu = tables.cpu if self.thread_cpu is None else self.thread_cpu
         cpu = cpus.seen.get(number_of_cpu)
         if cpu is None:
@@ -67,7 +69,7 @@ class Events:
         flags = 0
         known = ATTEMPT_KNOWN
         if efer:
-            if cpus.is_long(efer):
+            if efer in cpus.long_efer or cpus.is_long(efer):
                 tables.count += 1
                 cpu.long_mode = True
             else:

@@ -83,7 +83,7 @@ class Failures:
     def _frame_tops(self, cpu: Cpu, a: Attempt) -> list[tuple[int, int]]:
         """Where the frame of `a` would begin and the gate's selector, by each snapshot that knows; empty: unknown."""
         result = []
-        for tss, idt in self._known_tables(cpu):
+        for tss, idt in self._tables(cpu.tr, cpu.idt):
             gate = idt.gates.get(a.vector)
             if gate is None:
                 continue
@@ -98,17 +98,21 @@ class Failures:
                 result.append((top & ~15, gate.selector))
         return result
 
-    def _known_tables(self, cpu: Cpu) -> list[tuple[Tss, Idt]]:
-        if cpu.tr is None or cpu.idt is None:
+    def ist_tops(self, tr: int, idt: int) -> set[int]:
+        """The tops of all IST stacks, rounded down to 16 as a delivery does, by each snapshot that knows."""
+        return {top & ~15 for tss, _ in self._tables(tr, idt) for top in tss.ist if top is not None}
+
+    def _tables(self, tr: int | None, idt: int | None) -> list[tuple[Tss, Idt]]:
+        if tr is None or idt is None:
             return []
-        found = self._known.get((cpu.tr, cpu.idt))
+        found = self._known.get((tr, idt))
         if found is None:
             given = self._given
-            found = [(t, i) for t in given.tss for i in given.idts if t.base == cpu.tr and i.base == cpu.idt]
+            found = [(t, i) for t in given.tss for i in given.idts if t.base == tr and i.base == idt]
             for snapshot in self._snapshots:
-                tss, idt = snapshot.tss_at(cpu.tr), snapshot.idt_at(cpu.idt)
-                if tss is not None and idt is not None:
-                    found.append((tss, idt))
+                known_tss, known_idt = snapshot.tss_at(tr), snapshot.idt_at(idt)
+                if known_tss is not None and known_idt is not None:
+                    found.append((known_tss, known_idt))
             if len(self._known) < MAX_TABLES:
-                self._known[cpu.tr, cpu.idt] = found
+                self._known[tr, idt] = found
         return found

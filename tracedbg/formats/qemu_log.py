@@ -13,6 +13,7 @@ from tracedbg.formats.qemu_events import Events
 from tracedbg.formats.qemu_monitor import Snapshot
 from tracedbg.formats.qemu_order import Order
 from tracedbg.formats.qemu_patterns import is_log
+from tracedbg.formats.qemu_scan import Scan
 from tracedbg.formats.qemu_stamps import SECOND
 from tracedbg.formats.qemu_text import LogText
 from tracedbg.formats.source import STDIN, Input
@@ -40,12 +41,17 @@ def sniff(head: bytes) -> bool:
     return is_log(head)
 
 
-def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -> None:
-    """Read the log (several inputs: one file a vCPU thread) into the writer, with layout and META."""
+def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions, *, native: bool = True) -> None:
+    """Read the log (several inputs: one file a vCPU thread) into the writer, with layout and META.
+
+    `native` False: without the scanner in C, for the tests to compare.
+    """
     snapshots, skipped = _snapshots(inputs[0], options)
     events = Events(inputs[0].path, writer, snapshots, options.layout or Layout())
     order = Order(events)
-    texts = [LogText() for _ in inputs]
+    # Files of threads are read line by line: the order of their events is known only then.
+    scanner = Scan(order) if len(inputs) == 1 and native else None
+    texts = [LogText(scanner) for _ in inputs]
     streams = [text.items(source.chunks()) for text, source in zip(texts, inputs, strict=True)]
     if len(inputs) == 1:
         order.run(streams[0])
@@ -55,6 +61,8 @@ def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -
         if not text.seen:
             raise FormatError(source.path, "not a QEMU -d int log", 0)
         events.counts.update(text.counts)
+    if scanner is not None:
+        scanner.finish()
     events.close()
     attempts = sum(text.causes.heads for text in texts)
     layout, told = qemu_layout.resolve(events, snapshots, options, attempts > events.counts["legacy"])

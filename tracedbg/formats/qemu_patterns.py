@@ -9,20 +9,21 @@ from __future__ import annotations
 import re
 
 _FIRST = rb" {0,5}([0-9]{1,10}): v=([0-9a-f]{2}) e=([0-9a-f]{4}) i=([01]) cpl=[0-3] "
-_HEAD = _FIRST + rb"IP=([0-9a-f]{4}):([0-9a-f]{16}) pc=[0-9a-f]{16} SP=([0-9a-f]{4}):([0-9a-f]{16})"
+_HEAD = _FIRST + rb"IP=([0-9a-f]{4}):(?P<ip>[0-9a-f]{16}) pc=[0-9a-f]{16} SP=([0-9a-f]{4}):(?P<sp>[0-9a-f]{16})"
 # Of either width; what follows the last address is cut off only where it cannot be part of it.
 _HEAD_ANY = _FIRST + (
     rb"IP=([0-9a-f]{4}):([0-9a-f]{8}(?P<wide>[0-9a-f]{8})?) pc=[0-9a-f]{8}(?(wide)[0-9a-f]{8}) "
     rb"SP=([0-9a-f]{4}):([0-9a-f]{8}(?(wide)[0-9a-f]{8}))"
 )
 HEAD = re.compile(_HEAD_ANY)
-# The whole of an attempt in 64-bit code, nothing torn, with the line before it. Fixed columns are skipped unread, but no line
-# may be so long that another thread's could stand in it.
+# The whole of an attempt in 64-bit code, nothing torn, with the line before it. Fixed columns are skipped unread, but RSP and RIP
+# show that the dump is this line's, and no line may be so long that another thread's could stand in it.
 WHOLE = re.compile(
     rb"(?:check_exception old: 0x([0-9a-f]{1,8}) new 0x([0-9a-f]{1,8})\n|Servicing hardware INT=0x([0-9a-f]{2})\n)?"
     + _HEAD
     + rb" (?:CR2=([0-9a-f]{16})|env->regs\[R_EAX\]=[0-9a-f]{16})\n"
-    rb"RAX=(?s:.{332})(?:R16=(?s:.{332}))?RIP=[0-9a-f]{16} RFL=([0-9a-f]{8}) (?s:.{27})SMM=([01]) [^\n]{0,90}\n"
+    rb"RAX=(?s:.{143})RSP=(?P=sp)\n(?s:.{168})(?:R16=(?s:.{332}))?"
+    rb"RIP=(?P=ip) RFL=([0-9a-f]{8}) (?s:.{27})SMM=([01]) [^\n]{0,90}\n"
     rb"ES =[^\n]{0,90}\n[^\n]{0,90}\n[^\n]{0,90}\n[^\n]{0,90}\n[^\n]{0,90}\n[^\n]{0,90}\n[^\n]{0,90}\n"
     rb"TR =[0-9a-f]{4} ([0-9a-f]{16}) [^\n]{0,90}\n"
     rb"GDT=[^\n]{0,90}\n"

@@ -86,28 +86,32 @@ class LogText:
                 stop = self._scanner.scan(self, buffer, at, limit)
                 # What is odd seldom comes alone: where the scanner finds nothing, it is asked less and less often.
                 turns = 0 if stop > at else min(turns + 1, PATIENCE)
-            batch = BATCH if self._scanner is None else 1 << turns
-            stop = self._run(buffer, stop, last, batch)
+            # Behind a block read here there may be more of them.
+            batch, lines, most = (BATCH, BATCH * 16, BATCH) if self._scanner is None else (1 << turns, 1 << turns, 2)
+            blocks = self.dumps.blocks
+            first, stop = stop, self._run(buffer, stop, last, batch, lines, most)
+            turns = 0 if self.dumps.blocks > blocks + 1 else turns
+            self.lines += buffer.count(b"\n", first, stop)
             yield self.dumps.take()
-        self.lines += buffer.count(b"\n", 0, at)
         return at
 
     @property
     def _calm(self) -> bool:
         return not self._junk and not self._cut and self.dumps.calm and not self.causes.waiting and self.requests.calm
 
-    def _run(self, buffer: bytes, at: int, last: bool, batch: int) -> int:
-        """Read whole blocks and lines from `at` on, about `batch` of them; returns where to go on."""
+    def _run(self, buffer: bytes, at: int, last: bool, batch: int, lines: int, most: int) -> int:
+        """Read from `at` on whole blocks (at most `most` in a row) and lines, up to `batch` items; returns where to go on."""
         end = len(buffer)
         limit = end if last else end - NEED
         whole, iret, plugin = patterns.WHOLE.match, patterns.IRET.match, patterns.PLUGIN.match
         dumps, causes = self.dumps, self.causes
         out = dumps.out
         make = tuple.__new__
-        steps = 0
-        while at < limit and len(out) < batch and steps < batch * 16:
+        while at < limit and len(out) < batch and lines > 0:
             calm = dumps.calm and not self._junk and not self._cut
-            while calm and len(out) < batch and at < limit and (match := whole(buffer, at)):
+            row = 0
+            while calm and row < most and len(out) < batch and at < limit and (match := whole(buffer, at)):
+                row += 1
                 (old, new, serviced, number, v, e, soft, cs, ip, ss, sp, cr2, *rest) = match.groups()
                 rflags, smm, tr, idt, cr2_after, efer = rest
                 at = match.end()
@@ -115,7 +119,9 @@ class LogText:
                 vector = int(v, 16)
                 if vector == 8 and new is not None and int(new, 16) == 14:
                     cr2 = cr2_after
-                if causes.waiting or (new is not None and int(new, 16) != vector) or (serviced is not None and serviced != v):
+                if causes.checks or causes.services or (new is not None and int(new, 16) != vector) or (
+                    serviced is not None and serviced != v
+                ):
                     if new is not None:
                         causes.check(int(old, 16), int(new, 16), causes.heads - 1)
                     if serviced is not None:
@@ -134,9 +140,9 @@ class LogText:
                 out.append(make(Attempt, fields))
                 dumps.blocks += 1
                 self.fault_told = False
-            if at >= limit or len(out) >= batch:
+            if at >= limit or len(out) >= batch or row >= most:
                 break
-            steps += 1
+            lines -= 1
             if buffer.startswith(b"PLG ", at) and not self._junk:
                 match = iret(buffer, at)
                 verb = b"iret-frame" if match else b""

@@ -297,9 +297,9 @@ class Replay:
 
     # -- the scan ---------------------------------------------------------------------------------------------------
 
-    def findings(self, first: int = 0) -> tuple[Finding, ...]:
-        """Findings from number `first` on, as far as scanned, each with its final word."""
-        total = max(self._check(lib.tdb_get_findings(self._handle, first, ffi.NULL, 0)) - first, 0)
+    def findings(self, first: int = 0, room: int = NO_EVENT) -> tuple[Finding, ...]:
+        """Findings from number `first` on, at most `room`, as far as scanned, each with its final word."""
+        total = min(max(self._check(lib.tdb_get_findings(self._handle, first, ffi.NULL, 0)) - first, 0), room)
         out = ffi.new("struct tdb_finding[]", max(total, 1))
         self._check(lib.tdb_get_findings(self._handle, first, out, total))
         return tuple(_finding_value(first + n, out[n]) for n in range(total))
@@ -383,7 +383,7 @@ _LIFE = (
     "frame.fred", "frame.level", "frame.from_level", "frame.gs",
     "end", "settle", "overwritten", "status", "finding",
 )  # fmt: skip
-_CODES: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
+_CODES: dict[int, Literal["B", "H", "I", "Q", "q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
 class Lives:
@@ -397,14 +397,16 @@ class Lives:
     def __len__(self) -> int:
         return self._count
 
-    def column(self, name: str) -> memoryview[int]:
-        """One field of all of them, as the core holds it: `end`, `frame.lo`, `frame.saved.rip`."""
+    def column(self, name: str, *, signed: bool = False) -> memoryview[int]:
+        """One field of all of them, as the core holds it: `end`, `frame.lo`, `frame.saved.rip`; `signed`: 64-bit fields in
+        two's complement."""
         at, kind = 0, ffi.typeof("struct tdb_life")
         for part in name.split("."):
             field = dict(kind.fields)[part]
             at, kind = at + field.offset, field.type
         size: int = ffi.sizeof(kind)
-        return self._bytes.cast(_CODES[size])[at // size :: ffi.sizeof("struct tdb_life") // size]
+        code = "q" if signed and size == 8 else _CODES[size]
+        return self._bytes.cast(code)[at // size :: ffi.sizeof("struct tdb_life") // size]
 
     def __iter__(self) -> Iterator[Life]:
         for row in zip(*(self.column(name).tolist() for name in _LIFE), strict=True):

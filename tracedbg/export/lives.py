@@ -10,7 +10,7 @@ from tracedbg.state import Life
 
 __all__ = ["Life", "batches", "lives"]
 
-CHUNK = 1 << 16  # events between two looks into the journal: it holds at most so many frames and those that were open
+CHUNK = 1 << 14  # events between two looks into the journal: it holds at most so many frames and those that were open
 
 
 def lives(replay: Replay, progress: Callable[[int, int], None]) -> Iterator[Life]:
@@ -24,16 +24,15 @@ def lives(replay: Replay, progress: Callable[[int, int], None]) -> Iterator[Life
 
 
 def batches(replay: Replay, progress: Callable[[int, int], None]) -> Iterator[Lives]:
-    """The same in batches of bounded size, for those who want columns."""
+    """The same in batches of bounded size, for those who want columns: those that ended in a stretch of the forward pass, of
+    at most CHUNK events up to replay.scanned, then those open at the end. A batch may be empty."""
     if replay.scanned:
         raise ReplayError("the lives of frames are told by the forward pass, which has begun")
     replay.journal(True)
     try:
         while replay.scan(CHUNK):
-            batch = replay.ended()
+            yield replay.ended()
             progress(replay.scanned, replay.count)
-            if len(batch):
-                yield batch
     finally:
         replay.journal(False)
     yield replay.unended()

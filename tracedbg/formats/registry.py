@@ -95,6 +95,10 @@ FORMATS = (
         "chrome-json", "the same as JSON of Chrome's trace viewer: Perfetto, Speedscope", writer="tracedbg.export.chrome",
         suffixes=(".chrome.json",), text=True,
     ),
+    Format(
+        "sqlite", "database: events, frames with their ends, findings (`tracedbg help sqlite`)",
+        writer="tracedbg.export.sqlite", suffixes=(".sqlite", ".db"),
+    ),
 )  # fmt: skip
 
 

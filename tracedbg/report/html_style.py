@@ -34,7 +34,7 @@ th { font-weight: 600; }
 code, pre, .mono { font: .85rem/1.45 ui-monospace, monospace; } .mono { overflow-wrap: normal; white-space: nowrap; }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: .25rem; padding: .5rem .75rem; overflow-x: auto; }
 tr.hit td { background: var(--hit); } b { font-weight: 600; }
-figure { margin: 1rem 0; } svg { display: block; width: 100%; min-width: 36rem; height: auto; }
+figure { margin: 1rem 0; } svg { display: block; width: 100%; min-width: 48rem; height: auto; }
 svg text { fill: var(--dim); font: 11px system-ui, sans-serif; }
 .area { fill: var(--area); } .rate { fill: var(--rate); } .base { stroke: var(--line); }
 .gap { fill: var(--warning); opacity: .35; }

@@ -29,6 +29,7 @@ examples:
   tracedbg convert --monitor mon.txt qemu.log.gz crash.tdbg
   tracedbg convert x.1 x.2 x.3 run.tdbg               one log a thread (-d int,tid -D x.%d)
   tracedbg convert --symbols System.map old.tdbg new.tdbg
+  tracedbg convert crash.tdbg crash.pftrace           for ui.perfetto.dev
   tracedbg convert crash.tdbg crash.case              as text, to read, edit and send (`tracedbg help case`)
 """
 

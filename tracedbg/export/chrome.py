@@ -62,7 +62,7 @@ def _meta(what: str, place: str, args: dict[str, object]) -> str:
 def _item(item: Item) -> Iterator[str]:
     place = f'"pid": {item.track // GROUP}, "tid": {item.track}, "ts": {_micro(item.begin)}'
     head = f'"name": {_json(item.name)}, "cat": "{item.category}"'
-    args = _json({arg.name: tracks.shown(arg) for arg in item.args})
+    args = _json({name: f"{value:#x}" if is_address else value for name, value, is_address in item.args})
     if item.end is None:
         yield f'{{"ph": "i", "s": "t", {place}, {head}, "args": {args}}}'
         return
@@ -78,5 +78,4 @@ def _micro(ns: int) -> str:
     return f"{whole}.{part:03}".rstrip("0") if part else f"{whole}"
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=True, allow_nan=False)
+_json = json.JSONEncoder(ensure_ascii=True, allow_nan=False).encode  # json.dumps makes one at each call

@@ -37,6 +37,9 @@ STEP = 1 << 12  # events between two looks at the progress
 MAX_MESSAGE = 4000
 MASK = (1 << 64) - 1
 
+_TIME, _CPU = classes.TIME, classes.CPU
+_DELIVER, _GAP = int(Kind.DELIVER), int(Kind.GAP)
+
 
 def write(trace: Trace, path: str, options: WriterOptions) -> None:
     """As registry.Writer; `path` is an empty directory."""
@@ -142,7 +145,9 @@ class _Writer:
     def __init__(self, trace: Trace, path: str, axis: Axis, ident: uuid.UUID, *, whole: bool) -> None:
         self._trace = trace
         self._path = path
-        self._axis = axis
+        self._timed = axis.timed
+        self._cpus = trace.cpus
+        self._payload = len(trace.payload)
         self._ident = ident
         self._whole = whole
         self._streams: dict[int, _Stream] = {}
@@ -179,56 +184,58 @@ class _Writer:
             stream.close()
         return True
 
-    def _stream(self, cpu: int | None) -> _Stream:
-        number = -1 if cpu is None else cpu
-        stream = self._streams.get(number)
+    def _stream(self, cpu: int) -> _Stream:
+        """The stream of a CPU; -1: of what is of no CPU."""
+        stream = self._streams.get(cpu)
         if stream is None:
-            kind = OTHER_STREAM if cpu is None else CPU_STREAM
+            kind = OTHER_STREAM if cpu < 0 else CPU_STREAM
             self.used.add(kind)
-            name = "no_cpu" if cpu is None else f"cpu_{cpu}"
-            stream = _Stream(os.path.join(self._path, name), self._ident, kind, number, self._room)
-            self._streams[number] = stream
+            name = "no_cpu" if cpu < 0 else f"cpu_{cpu}"
+            stream = self._streams[cpu] = _Stream(os.path.join(self._path, name), self._ident, kind, cpu, self._room)
         return stream
 
     def _event(self, index: int, values: tuple[int, ...]) -> None:
         known, kind, arg, source, flags = values[classes.KNOWN :]
-        of_cpu = known & classes.CPU and values[8] < self._trace.cpus
-        stream = self._stream(values[8] if of_cpu else None)
+        cpu = values[8] if known & _CPU and values[8] < self._cpus else -1
+        stream = self._streams.get(cpu) or self._stream(cpu)
         behind = False
-        if not self._axis.timed:
+        if not self._timed:
             time = index
-        elif known & classes.TIME and values[0] >= stream.last:
+        elif known & _TIME and values[0] >= stream.last:
             time = values[0]
         else:
             time, behind = stream.last, True
         stream.last = time
-        if kind == Kind.GAP:
-            stream.lose(values[4] if known & classes.VALUE else 1)
-        data = flags & classes.BYTES and not self._whole and classes.has_data(values, len(self._trace.payload))
-        names = classes.name_choice(arg, source) if kind == Kind.DELIVER else 0
-        key = (known, kind, names, flags, of_cpu, behind, data)
+        data = flags & classes.BYTES and not self._whole and classes.has_data(values, self._payload)
+        key = (known, kind, flags, cpu < 0, behind, data, arg, source) if kind == _DELIVER else (
+            known, kind, flags, cpu < 0, behind, data
+        )  # fmt: skip
         event = self._by_key.get(key)
         if event is None:
-            event = self._by_key[key] = self._class(known, kind, names, flags, bool(of_cpu), behind, bool(data))
-        fixed = [values[place] for place in event.places]
+            names = classes.name_choice(arg, source) if kind == _DELIVER else 0
+            event = self._by_key[key] = self._class(known, kind, names, flags, cpu >= 0, behind, bool(data))
         if data:
             raw = bytes(self._trace.payload[values[4] : values[4] + values[6]])
             if kind == Kind.MARK:
-                record = event.pack(event.number, time, index, *fixed) + _string(raw.decode("utf-8", "replace"))
+                record = event.pack(event.number, time, index, *event.take(values)) + _string(raw.decode("utf-8", "replace"))
             else:
-                record = event.pack(event.number, time, index, *fixed, len(raw)) + raw
+                record = event.pack(event.number, time, index, *event.take(values), len(raw)) + raw
         else:
-            record = event.pack(event.number, time, index, *fixed)
+            record = event.pack(event.number, time, index, *event.take(values))
+        if kind != _GAP:
+            stream.add(time, record)
+            return
+        # A packet of its own: readers place the loss between the packet before and its end.
+        stream.lose(values[4] if known & classes.VALUE else 1)
         stream.add(time, record)
-        if kind == Kind.GAP:
-            stream.end_packet()  # a packet of its own: readers place the loss between the packet before and its end
+        stream.end_packet()
 
     def _class(self, known: int, kind: int, names: int, flags: int, of_cpu: bool, behind: bool, data: bool) -> EventClass:
         stream = CPU_STREAM if of_cpu else OTHER_STREAM
         if self._whole:
             return self._add(Shape(stream, kind, whole=True, behind=behind))
         known &= classes.ALL_KNOWN & ~(classes.CPU if of_cpu else 0)  # the packet has it
-        if self._axis.timed and not behind:
+        if self._timed and not behind:
             known &= ~classes.TIME  # it is the timestamp
         if data:
             known &= ~(classes.VALUE | classes.CODE)
@@ -244,7 +251,7 @@ class _Writer:
     def _finding(self, finding: Finding, words: Words) -> None:
         """A finding stands behind the event at which it is raised, in the stream of its CPU."""
         of_cpu = finding.cpu < self._trace.cpus
-        stream = self._stream(finding.cpu if of_cpu else None)
+        stream = self._stream(finding.cpu if of_cpu else -1)
         numbers = (
             None if finding.victim is None else finding.victim.entry,
             None if finding.writer is None else finding.writer.entry,
@@ -256,7 +263,7 @@ class _Writer:
         if event is None:
             kind = CPU_STREAM if of_cpu else OTHER_STREAM
             event = self._by_shape[key] = classes.finding_class(kind, key[1], key[2], len(self._by_shape))
-        if not self._axis.timed:
+        if not self._timed:
             stream.last = max(stream.last, finding.event)
         data = event.pack(event.number, stream.last, finding.event)
         data += _string(rules.rule_id(finding.rule)) + _string(rules.finding_severity(finding))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from tracedbg.formats.case_fields import FIELDS, SHAPES, deliver_names
@@ -95,14 +96,14 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class EventClass:
-    """A class with its number. `pack`: struct of the head and all fields of fixed size; `take`: values of those from a record."""
+    """A class with its number. `pack`: of the head and all fields of fixed size; `take`: the values of these from a record."""
 
     number: int
     name: str
     stream: int
     fields: tuple[tuple[str, str], ...]  # name with brackets for an array, TSDL type
     pack: Callable[..., bytes]
-    places: tuple[int, ...]
+    take: Callable[[tuple[int, ...]], tuple[int, ...]]
 
 
 HEAD = "<HQI"  # event header: id, timestamp; event context: index
@@ -179,8 +180,15 @@ def make(shape: Shape, number: int) -> EventClass:
         listed += [("length", "uint32"), ("bytes[length]", "uint8_hex")]
         codes += "I"
     packer = struct.Struct(codes)
-    places = tuple(field.place for field in fixed)
-    return EventClass(number, kind_name(shape.kind), shape.stream, tuple(listed), packer.pack, places)
+    take = _taker([field.place for field in fixed])
+    return EventClass(number, kind_name(shape.kind), shape.stream, tuple(listed), packer.pack, take)
+
+
+def _taker(places: list[int]) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
+    """What takes these values out of a record."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return (lambda values: (values[places[0]],)) if places else (lambda values: ())
 
 
 def has_data(values: Sequence[Any], payload: int) -> bool:
@@ -207,4 +215,4 @@ def finding_class(stream: int, present: tuple[bool, ...], memory: bool, number: 
     if memory:
         listed += [("lo", "uint64_hex"), ("hi", "uint64_hex")]
     listed.append(("message", "string"))
-    return EventClass(number, FINDING, stream, tuple(listed), struct.Struct(HEAD).pack, ())
+    return EventClass(number, FINDING, stream, tuple(listed), struct.Struct(HEAD).pack, _taker([]))

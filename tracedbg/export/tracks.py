@@ -360,8 +360,3 @@ def _numbers(event: Event) -> list[Arg]:
     if int(event.known) & _SOURCE_INDEX:
         args.append(Arg("source_index", event.source_index))
     return args
-
-
-def shown(arg: Arg) -> int | str:
-    """The value of an argument, an address as `0xffff8300bffd2fd8`."""
-    return f"{arg.value:#x}" if arg.hex and isinstance(arg.value, int) else arg.value

@@ -78,7 +78,7 @@ FORMATS = (
     ),
     Format(
         "ctf", "CTF 1.8 for Babeltrace, Trace Compass: a directory with a stream a CPU", writer="tracedbg.export.ctf",
-        directory=True,
+        suffixes=(".ctf",), directory=True,
     ),
     Format(
         "intel-pt", "raw Intel PT (AUX) data with Event Trace, one file a CPU", "tracedbg.formats.intel_pt", options=("cpu_hz",)

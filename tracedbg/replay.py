@@ -413,6 +413,12 @@ class Lives:
             yield _life_value(row)
 
 
+# Plain numbers: of lives there are millions, and `&` with an IntFlag makes an IntFlag.
+_RIP, _CS, _RFLAGS, _RSP, _SS, _CODE = (
+    int(bit) for bit in (Known.RIP, Known.CS, Known.RFLAGS, Known.RSP, Known.SS, Known.CODE)
+)
+
+
 def _life_value(row: tuple[int, ...]) -> Life:
     (
         entry, cpu, vector, source, ist, lo, hi,
@@ -422,12 +428,12 @@ def _life_value(row: tuple[int, ...]) -> Life:
         end, settle, overwritten, status, finding,
     ) = row  # fmt: skip
     saved = Context(
-        rip if known & Known.RIP else None,
-        cs if known & Known.CS else None,
-        rflags if known & Known.RFLAGS else None,
-        rsp if known & Known.RSP else None,
-        ss if known & Known.SS else None,
-        code if known & Known.CODE else None,
+        rip if known & _RIP else None,
+        cs if known & _CS else None,
+        rflags if known & _RFLAGS else None,
+        rsp if known & _RSP else None,
+        ss if known & _SS else None,
+        code if known & _CODE else None,
     )
     frame = Frame(
         entry, cpu, vector, Source(source), ist, lo, hi, saved, FrameStatus.LIVE, bool(has_code), gate_type, stack_lo, stack_hi,

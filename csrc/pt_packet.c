@@ -4,7 +4,10 @@
 
 #include "pt.h"
 
-enum { MAX_CYC = 10 };   /* bytes: 68 bits of payload, as perf reads them */
+enum {
+	MAX_CYC = 10,   /* bytes: 68 bits of payload, as perf reads them */
+	RUN = 64        /* bytes: of a PSB's pattern, more than any trace has */
+};
 
 static uint64_t load(const uint8_t *p, unsigned int bytes)
 {
@@ -322,10 +325,13 @@ uint64_t pt_sync(const uint8_t *data, uint64_t size, uint64_t from, int last, ui
 			begin++;
 		while (begin >= from + 2 && data[begin - 2] == 2 && data[begin - 1] == 0x82)
 			begin -= 2;
-		for (end = begin; end + 2 <= size && data[end] == 2 && data[end + 1] == 0x82; end += 2)
+		for (end = begin; end + 2 <= size && end - begin < RUN && data[end] == 2 && data[end + 1] == 0x82; end += 2)
 			;
-		/* What comes before can end like a PSB; what follows it cannot begin like one.  A long run is no trace. */
-		if (!last && end + 2 > size && end - begin < 64) {
+		/* What comes before a PSB can end like one, what follows it cannot begin so: it is the end of a run.  A long run
+		 * is no trace, and begins somewhere. */
+		if (end - begin >= RUN)
+			return begin;
+		if (!last && end + 2 > size) {
 			*keep = begin;
 			return size;
 		}

@@ -22,7 +22,9 @@ def record(kind: int, payload: bytes = b"", misc: int = 0) -> bytes:
     return struct.pack("<IHH", kind, misc, 8 + len(payload)) + payload
 
 
-def info(*, kind: int = 1, shift: int = 31, mult: int = 1 << 30, n: int = 84, d: int = 1, snapshot: int = 0, filter_: bytes = b"") -> bytes:
+def info(
+    *, kind: int = 1, shift: int = 31, mult: int = 1 << 30, n: int = 84, d: int = 1, snapshot: int = 0, filter_: bytes = b""
+) -> bytes:
     """AUXTRACE_INFO: a TSC of 2 GHz, if nothing else is said."""
     words = [PMU, shift, mult, 0, 1, TSC, 1 << 11, 0, snapshot, 1, MTC, MTC_FREQ, n, d, 1 << 1, 20, len(filter_)]
     text = filter_ + bytes(8 - len(filter_) % 8) if filter_ else b""

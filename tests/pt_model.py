@@ -68,7 +68,7 @@ def matches(pattern: str, data: bytes) -> bool | None:
     return True
 
 
-def variable(data: bytes) -> tuple[str, int] | None | str:
+def variable(data: bytes) -> tuple[str, int] | str | None:
     """TNT and CYC, whose bits say how long they are: name and size; None: too short; a text: bad."""
     first = f"{data[0]:08b}"
     if first[7] == "0" and data[0] not in (0, 2):
@@ -91,7 +91,7 @@ def variable(data: bytes) -> tuple[str, int] | None | str:
     return "none"
 
 
-def one(data: bytes, block: int) -> Packet | None | str:
+def one(data: bytes, block: int) -> Packet | str | None:
     """The packet that data begin with; None: they end within it; a text: there is none."""
     if block and f"{data[0]:08b}"[5:] == "100":
         raw = data[: 1 + block]

@@ -157,7 +157,7 @@ def outcome(path: Path) -> tuple[str, Trace | None]:
     except FormatError as error:
         assert error.offset is not None and "\n" not in str(error)
         return "error", None
-    assert sum(trace.check()) == trace.count
+    assert max(trace.check(), default=0) <= trace.count
     return ("partial" if "damage" in trace.meta else "whole"), trace
 
 
@@ -284,7 +284,7 @@ def test_options(tmp_path: Path, run_cli: Run) -> None:
     for words in ("has no RSP", "the frequency is not known (--cpu-hz)", "leaves nothing", "is CPU 0", "overflows"):
         assert words in said
     done = run_cli("replay", "--fail-on", "warning", path)
-    assert done.returncode in (1, 3) and "no layout" in done.stdout or "layout: none" in done.stdout
+    assert (done.returncode in (1, 3) and "no layout" in done.stdout) or "layout: none" in done.stdout
     assert done.stderr.count("\n") <= 2
 
 

@@ -1,4 +1,4 @@
-"""What Intel PT streams mean: the scenarios of libipt's tests (test/src/ptet*.ptt), built from packets, and what libipt says of them.
+"""What Intel PT streams mean: the scenarios of libipt's tests (test/src/ptet*.ptt), built from packets, and what it says of them.
 
 libipt tests the same packets with a disassembler. Here the events are expected, and the addresses that the packets give them.
 """
@@ -258,7 +258,8 @@ def test_addresses_are_unpacked(how: int, ip: int, is_: int, base: object) -> No
 
 def test_the_last_address_is_gone_after_an_overflow() -> None:
     # What the first packets behind it are packed against is not agreed on (libipt: 0): such an address is not known.
-    data = ON + cfe(RSM) + OVF + cfe(SMI, ip=True) + fup(L[1], 1) + cfe(SMI, ip=True) + fup(L[2]) + cfe(SMI, ip=True) + fup(L[3], 1)
+    smi = cfe(SMI, ip=True)
+    data = ON + cfe(RSM) + OVF + smi + fup(L[1], 1) + smi + fup(L[2]) + smi + fup(L[3], 1)
     assert told(data) == ["rsm", "gap", "smi", "smi rip=l2", "smi rip=l3"]
 
 
@@ -273,7 +274,8 @@ def test_an_address_is_bound_while_tracing_is_on_only() -> None:
     # The same two packets: with branches they belong together, without the FUP is that of the flag.
     pair = cfe(INTR, 0xEC) + mode() + fup(L[1])
     assert told(OFF + pair) == ["deliver 0xec", "flags 0x0 rip=l1"]
-    assert told(ON + cfe(INTR, 0xEC) + fup(L[1]) + mode() + tip(L[2])) == ["deliver 0xec rip=l1", "enter rip=l2", "flags 0x0 rip=l2"]
+    data = ON + cfe(INTR, 0xEC) + fup(L[1]) + mode() + tip(L[2])
+    assert told(data) == ["deliver 0xec rip=l1", "enter rip=l2", "flags 0x0 rip=l2"]
 
 
 def test_clocks_do_not_part_what_belongs_together() -> None:
@@ -319,7 +321,8 @@ def test_a_vector_2_that_is_delivered_can_be_anything() -> None:
 
 
 def test_an_overflow_is_a_gap() -> None:
-    data = ON + cfe(INTR, 32) + fup(L[1], 1) + tip(L[2], 1) + OVF + cyc(9) + fup(L[3]) + cfe(INTR, 33) + fup(L[4], 1) + tip(L[5], 1)
+    data = ON + cfe(INTR, 32) + fup(L[1], 1) + tip(L[2], 1) + OVF + cyc(9) + fup(L[3])
+    data += cfe(INTR, 33) + fup(L[4], 1) + tip(L[5], 1)
     assert told(data) == ["deliver 0x20 rip=l1", "enter rip=l2", "gap", "deliver 0x21 rip=l4", "enter rip=l5"]
     # Tracing is off where the overflow ends: the FUP belongs to nothing, an event stands alone.
     data = ON + OVF + cfe(INTR, 33) + pge(L[5])
@@ -389,7 +392,10 @@ def test_what_comes_before_the_first_psb_is_skipped() -> None:
     assert trace_of(data)[1].counts["bytes_skipped"] == 9
 
 
-@pytest.mark.parametrize("bad", [b"\xc9", b"\x02\x04", b"\xad", b"\x99\xff", b"\x02\xc3\x89", b"\x02\x73\0\0\1\0\0", b"\x02\x82\x03"])
+BAD = [b"\xc9", b"\x02\x04", b"\xad", b"\x99\xff", b"\x02\xc3\x89", b"\x02\x73\0\0\1\0\0", b"\x02\x82\x03"]
+
+
+@pytest.mark.parametrize("bad", BAD)
 def test_a_bad_packet_is_a_gap_until_the_next_psb(bad: bytes) -> None:
     data = ON + cfe(RSM) + bad + cfe(SMI) + ON + cfe(INIT, ip=True) + fup(L[1], 1)
     assert told(data) == ["rsm", "gap", "init 0x1 rip=l1"]

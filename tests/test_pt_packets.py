@@ -113,7 +113,8 @@ def test_the_installed_perf_means_the_same() -> None:
     perf = shutil.which("perf")
     if perf is None:
         pytest.skip("no perf here")
-    done = subprocess.run([perf, "test", "-v", "Intel PT packet decoder"], capture_output=True, text=True, check=False, timeout=60)
+    words = [perf, "test", "-v", "Intel PT packet decoder"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
     lines = re.findall(r"^Decoded ok: ((?:[0-9a-f]{2} )+) *(.*?)\s*$", done.stdout + done.stderr, re.MULTILINE)
     if not lines:
         pytest.skip("this perf does not print its examples")

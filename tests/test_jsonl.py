@@ -543,12 +543,12 @@ def test_sniff(text: str, yes: bool, write: Write) -> None:
 
 def test_reports_are_no_traces(run_cli: Callable[..., Any], tmp_path: Path) -> None:
     write_race(tmp_path / "race.tdbg")
-    for form in ("json", "sarif", "text", "junit", "markdown", "html"):
+    for form in ("json", "sarif"):
         report = run_cli("replay", "--format", form, "--exit-zero", "race.tdbg", code=0).stdout
         (tmp_path / "report").write_text(report)
         done = run_cli("info", "report", code=2)
         assert "not a trace or log" in done.stderr
-        compact = json.dumps(json.loads(report)) if form in ("json", "sarif") else report
+        compact = json.dumps(json.loads(report))
         (tmp_path / "report").write_text(compact + "\n")
         assert "not a trace or log" in run_cli("info", "report", code=2).stderr
 

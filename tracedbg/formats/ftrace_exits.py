@@ -8,8 +8,7 @@ from __future__ import annotations
 
 VMX, SVM = 0, 1  # as the `arg` of a native VM exit
 
-VMX_EXCEPTION_NMI, VMX_NMI_WINDOW, SVM_NMI = 0, 8, 0x61
-FAILED = "FAILED_VMENTRY"  # of VMX, behind the name: bit 31 of the reason
+VMX_EXCEPTION_NMI, SVM_NMI = 0, 0x61
 
 _VMX = {
     "EXCEPTION_NMI": 0, "EXTERNAL_INTERRUPT": 1, "TRIPLE_FAULT": 2, "INIT_SIGNAL": 3, "SIPI_SIGNAL": 4, "OTHER_SMI": 6,

@@ -21,6 +21,7 @@ from tracedbg.writer import TraceWriter
 
 IN_NMI = "in NMI context: of an NMI, #MC, #DB, INT3 of the kernel, or #DF"
 MAX_TEXTS = 4096  # of marks
+MAX_HANDLERS = 8  # of one device interrupt
 MAX_NAMES = 1024  # tracepoints that are told by their names
 
 _IRQ_VECTORS = re.compile(r"vector=(\d{1,10})")
@@ -63,11 +64,10 @@ class Host:
     time: int = -1
     records: int = 0
     in_nmi: bool = False
-    guest: int | None = None  # the native CPU that it entered last
     held: int | None = None  # the delivery of that entry, until the next exit says whether it was one
     held_was: tuple[int, int] = (0, 0)  # its source and vector
     irq: int = -1
-    handler: str = ""
+    handlers: list[str] = field(default_factory=list)  # those that ran for it
     exited: int = -1  # the interrupt whose handler returned in the record number `exited_at`
     exited_at: int = -1
 
@@ -125,7 +125,7 @@ class Points:
         known, value = (0, 0) if count is None else (_K_VALUE, count)
         for host in hosts:
             self._settle(host)
-            host.guest, host.in_nmi, host.irq, host.exited = None, False, -1, -1
+            host.in_nmi, host.irq, host.exited = False, -1, -1
         if cpu is None or self.guests:  # a guest's CPU may have run there
             self._add(None, time, Kind.GAP, known, value=value)
         else:
@@ -250,16 +250,18 @@ class Points:
         self._mark(host, ", ".join(words))
 
     def _irq_entry(self, host: Host, record: Record) -> None:
-        """A device interrupt runs each of its handlers; one record a handler. The vector is not printed."""
+        """A device interrupt runs each of its handlers once; one record a handler. The vector is not printed."""
         match = _IRQ.match(record.rest)
         if match is None:
             self._odd()
             return
         irq, handler = int(match[1]), match[2] or ""
-        if host.exited_at == host.records - 1 and host.exited == host.irq == irq and handler != host.handler:
+        goes_on = host.exited_at == host.records - 1 and host.exited == host.irq == irq
+        if goes_on and handler not in host.handlers and len(host.handlers) < MAX_HANDLERS:
+            host.handlers.append(handler)
             self.counts["further_handlers"] += 1
             return
-        host.irq, host.handler = irq, handler
+        host.irq, host.handlers = irq, [handler]
         self._deliver(host, record, 0, source=Source.EXTERNAL)
 
     def _irq_exit(self, host: Host, record: Record) -> None:
@@ -293,7 +295,7 @@ class Points:
     def _kvm_entry(self, host: Host, record: Record) -> None:
         given = _pairs(record.rest)
         self._settle(host)
-        host.guest = self._guest(record.pid, given.get("vcpu", given.get("vcpu_id")))
+        guest = self._guest(record.pid, given.get("vcpu", given.get("vcpu_id")))
         self._add(host.number, host.time, Kind.VMENTRY)
         info = given.get("intr_info")
         if info is None:
@@ -302,7 +304,7 @@ class Points:
         source = _source(info)
         if not info & _VALID or source is None:
             return
-        if host.guest is None:
+        if guest is None:
             self.counts["requests_without_vcpu"] += 1
             return
         known, rip, code = _K_ARG | _K_SOURCE, given.get("rip", 0), 0
@@ -311,7 +313,7 @@ class Points:
         if source == Source.EXCEPTION and info & _HAS_CODE and "error_code" in given:
             known, code = known | _K_CODE, given["error_code"] & 0xFFFFFFFF
         arg = info & 0xFF
-        host.held = self._add(host.guest, host.time, Kind.DELIVER, known, rip=rip, code=code, arg=arg, source=source)
+        host.held = self._add(guest, host.time, Kind.DELIVER, known, rip=rip, code=code, arg=arg, source=source)
         host.held_was = (source, arg)
         self.rows.hold(host.held)
 
@@ -332,9 +334,11 @@ class Points:
         if failed:
             number = (number or 0) | _VALID
         info2, intr = given.get("info2", 0), given.get("intr_info")
+        if vendor == exits.VMX and intr is None and "info2" in given:
+            info2, intr = 0, info2  # before Linux 5.10, by -R
         if host.held is not None:
             # VMX: IDT-vectoring information (SDM Vol. 3C 25.9.3). SVM: EXITINTINFO (APM Vol. 2 15.7.2).
-            was = (intr or 0) if vendor == exits.SVM else info2 if vendor == exits.VMX and intr is not None else 0
+            was = (intr or 0) if vendor == exits.SVM else info2 if vendor == exits.VMX else 0
             undone = failed or bool(was & _VALID and (_source(was), was & 0xFF) == host.held_was)
             if undone:
                 self.counts["undelivered_injections"] += 1
@@ -357,12 +361,8 @@ class Points:
         if nmi:
             known, source = known | _K_SOURCE, Source.NMI
         self._add(host.number, host.time, Kind.VMEXIT, known, addr=addr, code=number or 0, arg=vendor or 0, source=source)
-        if vendor == exits.VMX and base == exits.VMX_NMI_WINDOW:
-            # The guest could take an NMI: an IRET ended the blocking before.
-            if host.guest is None:
-                host.guest = self._guest(record.pid, given.get("vcpu", given.get("vcpu_id")))
-            if host.guest is not None:
-                self._add(host.guest, host.time, Kind.UNBLOCK, _K_ARG)
+        # An NMI-window exit shows that an IRET came, not whose: as the end of blocking alone it would make the frame of the
+        # last NMI look abandoned.
 
     def _request(self, host: Host, guest: int | None, vector: int | None, code: int | None = None) -> None:
         """What KVM injects, or wants to inject, into a guest."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 PAGE = 4096
@@ -211,3 +214,22 @@ def elf(
 def dump(guest: Guest, *cpus: Cpu, **more: Any) -> bytes:
     """The dump of a guest."""
     return elf(cpus or (Cpu(),), guest.loads(), **more)
+
+
+# Physical memory that the excerpts of real dumps keep: tables and stacks of the guest, its page tables, where its handlers run.
+KEPT = ((0x105000, 0x111000), (0x113000, 0x119000), (0x11C000, 0x11D000), (0x120000, 0x121000), (0x124000, 0x129000))
+
+
+def excerpt(data: bytes) -> bytes:
+    """A dump with a part of its memory and the same notes."""
+    (at,) = struct.unpack_from("<Q", data, 32)
+    (count,) = struct.unpack_from("<H", data, 56)
+    headers = [struct.unpack_from("<IIQQQQQQ", data, at + 56 * n) for n in range(count)]
+    (notes,) = [data[h[2] : h[2] + h[5]] for h in headers if h[0] == 4]
+    low = next(h for h in headers if h[0] == 1 and h[4] == 0)
+    return elf([], [(lo, data[low[2] + lo : low[2] + hi]) for lo, hi in KEPT], notes=notes)
+
+
+if __name__ == "__main__":
+    for source, target in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        Path(target).write_bytes(gzip.compress(excerpt(Path(source).read_bytes()), mtime=0))

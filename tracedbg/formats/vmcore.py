@@ -160,7 +160,8 @@ class _Reader:
         self._writer.memory = self._memory()
         for number, why in sorted(self._lost.items()):
             self.events.mark(number, why)
-            self.events.gap(number)
+            if self.dump.cpus[number].long_mode or not self.found:  # in other modes there is no IST
+                self.events.gap(number)
         for number in range(len(self.dump.cpus), cpus):
             self.events.gap(number)
         self._write()

@@ -43,7 +43,7 @@ from vmcores import (
 
 from tracedbg.errors import FormatError, UsageError
 from tracedbg.formats import ReaderOptions, open_input, open_inputs, vmcore
-from tracedbg.layout import REGION_STACK, Fidelity, Layout, Tss
+from tracedbg.layout import REGION_STACK, Fidelity, Layout, Region, Tss
 from tracedbg.replay import Replay
 from tracedbg.state import Cause, Event, Evidence, Finding, Frame, FrameStatus, Kind, Known, Rule, Source
 from tracedbg.trace import Trace
@@ -124,6 +124,23 @@ def test_an_idle_cpu_has_no_live_frame(tmp_path: Path) -> None:
         assert told["cpu 0 IST1 (#DF)"] == "no frame at its top"
         (last,) = events(trace, Kind.ENTER)
         assert (last.rip, last.rsp, last.cs, last.ss, last.rflags) == (IDLE, THREAD_TOP - 0x200, 0x10, 0x18, 0x46)
+
+
+def test_a_stale_frame_tells_of_an_overwrite(tmp_path: Path) -> None:
+    guest = kernel()
+    guest.frame(NMI_TOP, NMI_RIP, NMI_TOP - 0x100)
+    with read(tmp_path, dump(guest)) as trace:
+        assert delivered(trace) == []
+        assert "which had overwritten an older one" in trace.meta["examined"]["cpu 0 IST2 (NMI)"]
+
+
+def test_bounds_that_are_given(tmp_path: Path) -> None:
+    """A stack that a layout knows, with its pointer not at the end; and one of a CPU that is not there."""
+    guest = kernel()
+    guest.frame(NMI_TOP, NMI_RIP, NMI_TOP - 0x100)
+    stacks = (Region(NMI_TOP - 0x1000, NMI_TOP + 0x100, slot=2), Region(0x5000, 0x6000, cpu=7, assumed=True))
+    with read(tmp_path, dump(guest, Cpu(rsp=NMI_TOP - 0x80)), ReaderOptions(layout=Layout(regions=stacks))) as trace:
+        assert verdict(trace) == [(Rule.FRAME_CLOBBERED, Evidence.INFERRED, 2, 2)]
 
 
 def test_tables_and_stacks_are_those_of_the_dump(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Nothing is needed but the dump: TR leads to the TSS, its IST pointers to the sta
 
 from __future__ import annotations
 
+import bisect
 import mmap
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ MAX_KEPT = 8192  # pages of stacks kept in the trace
 MAX_CPUS_TOLD = 256
 _TSS_SIZE = 0x68
 _IDT_SIZE = 4096
+_ELF = b"\x7fELF"
 _ET_CORE = b"\x04\0"
 
 _REFUSED = (
@@ -54,7 +56,7 @@ _FIDELITY = {
 
 def sniff(head: bytes) -> bool:
     """Whether an input is an ELF core file, or a dump that read() refuses by name."""
-    return (head[:4] == b"\x7fELF" and head[16:18] == _ET_CORE) or head.startswith(tuple(magic for magic, _ in _REFUSED))
+    return (head[:4] == _ELF and head[16:18] == _ET_CORE) or head.startswith(tuple(magic for magic, _ in _REFUSED))
 
 
 def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -> None:
@@ -101,8 +103,9 @@ def _contents(source: Input) -> Iterator[Bytes]:
     try:
         if source.is_file and source.bytes == source.raw_bytes:
             with open(source.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                yield data
-            return
+                if data[:4] == _ELF:  # and not packed to just as many bytes
+                    yield data
+                    return
         with tempfile.TemporaryFile() as spool:
             zeros = bytes(CHUNK)
             size = 0
@@ -149,9 +152,14 @@ class _Reader:
             self._load(cpu)
         cpus = len(self.dump.cpus) + self.dump.lost
         layout = self._layout(given)
-        named = [(r.lo, r.hi) for r in layout.regions if r.kind == REGION_STACK]
-        lows = {hi: lo for lo, hi in named}
+        named = sorted(((r.lo, r.hi) for r in layout.regions if r.kind == REGION_STACK), key=lambda stack: stack[::-1])
+        ends = [hi for _, hi in named]
         for tables in self._tables:
+            lows = {}
+            for pointer in filter(None, tables.tss.ist):
+                at = bisect.bisect_left(ends, pointer)
+                if at < len(named) and named[at][0] < pointer:
+                    lows[pointer] = named[at][0]
             tops = tops_of(tables.space, tables.cpu, tables.tss, tables.idt, lows)
             self.found.append(Walk(tables.space, tables.cpu, tops, named).run())
         self._same_place()
@@ -221,7 +229,7 @@ class _Reader:
         spaces = {tables.cpu.number: tables.space for tables in self._tables}
         tops = sorted(r.hi for r in layout.regions if r.kind == REGION_STACK)
         below = dict(zip(tops[1:], tops, strict=False))
-        return replace(layout, regions=tuple(_guarded(r, spaces[r.cpu], below.get(r.hi, 0)) for r in layout.regions))
+        return replace(layout, regions=tuple(_guarded(r, spaces.get(r.cpu), below.get(r.hi, 0)) for r in layout.regions))
 
     def _same_place(self) -> None:
         """A trace has one memory: CPUs whose page tables show other bytes at the same stack cannot both be told."""
@@ -282,12 +290,14 @@ class _Reader:
     def told(self) -> dict[str, str]:
         """For `info`: each CPU in words."""
         width = len(str(len(self.dump.cpus) - 1))
-        told = {f"cpu {number:>{width}}": why for number, why in self._lost.items()}
-        shown = self.found[:MAX_CPUS_TOLD]
+        lost = list(self._lost.items())
+        told = {f"cpu {number:>{width}}": why for number, why in lost[:MAX_CPUS_TOLD]}
+        shown = self.found[: MAX_CPUS_TOLD - len(told)]
         for stacks in shown:
             told |= {f"cpu {stacks.cpu.number:>{width}} {name}".rstrip(): text for name, text in words(stacks).items()}
-        if len(self.found) > len(shown):
-            told["others"] = f"{len(self.found) - len(shown)} more CPUs"
+        more = len(self.found) - len(shown) + max(len(lost) - MAX_CPUS_TOLD, 0)
+        if more:
+            told["others"] = f"{more} more CPUs"
         return told
 
 
@@ -297,9 +307,9 @@ def _used(top: Top, stacks: Stacks) -> int:
     return min([top.hi - 8, *(rsp for rsp in pointers if top.holds(rsp))])
 
 
-def _guarded(region: Region, space: Space, below: int) -> Region:
+def _guarded(region: Region, space: Space | None, below: int) -> Region:
     """A stack down to its guard page, if it has one."""
-    if not region.assumed:
+    if not region.assumed or space is None:
         return region
     limit = max(region.hi - MAX_STACK, below, 0)
     at = region.hi - 1 & -PAGE

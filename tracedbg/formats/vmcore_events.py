@@ -127,6 +127,8 @@ def words(stacks: Stacks) -> dict[str, str]:
             text = "; before that ".join(_link_words(link) for link in links)
         elif top.frame is not None:
             text = f"stale frame at {top.frame.at:#x} {_saved_words(top.frame)}"
+            if not top.frame.cs & 3 and top.lo < top.frame.rsp <= top.frame.at:
+                text += ", which had overwritten an older one: it interrupted code on this stack"
         else:
             text = "no frame at its top" if top.physical is not None else "not mapped"
         told[ist_name(top)] = text + (f"; doubtful: {' and '.join(top.doubts)}" if top.doubts else "")

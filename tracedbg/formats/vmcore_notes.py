@@ -108,7 +108,10 @@ class Dump:
         for name, kind, desc in self._notes(notes):
             if name == b"CORE\0" and kind == _NT_PRSTATUS:
                 statuses += 1
-            elif name == b"QEMU\0" and kind == 0 and len(self.cpus) < wire.MAX_CPUS:
+            elif name == b"QEMU\0" and kind == 0:
+                if len(self.cpus) == wire.MAX_CPUS:
+                    self._bad(f"more than {wire.MAX_CPUS} CPUs")
+                    break
                 self._cpu(desc)
         if not self.cpus:
             raise FormatError(
@@ -117,7 +120,7 @@ class Dump:
                 " one of kdump or makedumpfile has not" + (f" ({self.damage[0]})" if self.damage else ""),
                 0,
             )
-        self.lost = max(statuses - len(self.cpus), 0)
+        self.lost = min(max(statuses - len(self.cpus), 0), wire.MAX_CPUS - len(self.cpus))
         if self.lost:
             self._bad(f"{self.lost} of {statuses} CPUs have no note of QEMU")
         self._map(loads)

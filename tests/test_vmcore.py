@@ -871,7 +871,9 @@ def test_verdict_and_exit_code(tmp_path: Path, run_cli: Callable[..., Any]) -> N
     guest, cpu = racing()
     path = tmp_path / "core.elf"
     path.write_bytes(dump(guest, cpu))
-    assert "warning: frame-clobbered" in run_cli("replay", path, code=0).stdout
+    said = " ".join(run_cli("replay", path, code=0).stdout.split())
+    assert "warning: frame-clobbered" in said
+    assert "inferred: the dump shows that the newer frame interrupted a handler whose own frame stood at the same place" in said
     report = json.loads(run_cli("replay", "--fail-on", "warning", "--format", "json", path, code=1).stdout)
     (finding,) = report["traces"][0]["findings"]
     assert (finding["rule"], finding["evidence"], finding["severity"]) == ("frame-clobbered", "inferred", "warning")

@@ -8,6 +8,7 @@ from tracedbg.describe.names import UNKNOWN
 from tracedbg.describe.overwrite import OVERWRITES
 from tracedbg.describe.prevent import PreventWords
 from tracedbg.describe.values import BytesRow
+from tracedbg.layout import Fidelity
 from tracedbg.state import Cause, Evidence, Finding, Rule
 from tracedbg.text import WIDTH, wrap
 
@@ -16,6 +17,12 @@ EVIDENCE_WORDS = {
     Evidence.COMPUTED: "computed",
     Evidence.INFERRED: "inferred",
     Evidence.UNKNOWN: "unknown",
+}
+
+# Why the events of a dump must have been.
+_DUMPED = {
+    Rule.FRAME_CLOBBERED: "the dump shows that the newer frame interrupted a handler whose own frame stood at the same place",
+    Rule.FRAME_RELOCATED: "the dump has the newer frame, and a copy of the one that stood there before",
 }
 
 TABLE_WIDTH = 74  # the widest line of the table of bytes
@@ -29,6 +36,8 @@ class ParagraphWords(PreventWords):
         evidence = rules.finding_evidence(finding, at)
         rule = rules.finding_rule(finding, at)
         word = EVIDENCE_WORDS[evidence]
+        if evidence is Evidence.INFERRED and self.trace.layout.fidelity & Fidelity.INFERRED:
+            return f"{word}: {_DUMPED.get(rule, 'from one instant, a dump')}"
         if rule in (Rule.FRAME_CONSUMED_CORRUPT, Rule.RESUME_LOOP):
             return f"{word}: the trace has the {self.return_name(finding.consumer)} and the words that it popped"
         if rule is Rule.FRAME_CLOBBERED or (rule is Rule.FRAME_SAME_BYTES):

@@ -34,6 +34,29 @@ static struct node *past_resets(struct machine *m, struct node *n, uint32_t mark
 	return n;
 }
 
+bool on_chain(const struct machine *m, uint16_t cpu, uint64_t cur, uint32_t entry)
+{
+	for (int i = 0; i < CHAIN_LIMIT; i++) {
+		const struct node *n = nearest_above(m, cpu, cur);
+
+		if (!n)
+			return false;
+		/* As in past_resets(); a victim is older than what overwrote it, so this ends. */
+		while (n->f.entry != entry && saved_knows(&n->f, TDB_K_RSP) && n->saved_key == n->key &&
+		       n->f.saved.rsp <= frame_rip_addr(&n->f) && n->f.victim != NONE) {
+			n = frame_of_entry(m, n->key, n->f.victim);
+			if (!n)
+				return false;
+		}
+		if (n->f.entry == entry)
+			return true;
+		if (!saved_knows(&n->f, TDB_K_CS | TDB_K_RSP) || n->f.saved.cs & 3)
+			return false;
+		cur = n->f.saved.rsp;
+	}
+	return false;
+}
+
 void mark_chain(struct machine *m, uint16_t cpu, uint64_t cur, uint32_t mark)
 {
 	for (int i = 0; i < CHAIN_LIMIT; i++) {

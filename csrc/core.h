@@ -370,6 +370,8 @@ static inline uint64_t slot_addr(const struct tdb_frame *f, int slot)
 }
 /* Mark the frames that must be live because each one's context leads to the next (chain.c). */
 void mark_chain(struct machine *m, uint16_t cpu, uint64_t cur, uint32_t mark);
+/* Whether the chain from cur leads to the frame of an entry. */
+bool on_chain(const struct machine *m, uint16_t cpu, uint64_t cur, uint32_t entry);
 /* A finding that is raised once: true and counted again if it was raised as `number`, false for NONE. */
 bool finding_folded(struct machine *m, uint32_t number);
 uint32_t finding_raise(struct machine *m, const struct tdb_finding *f);

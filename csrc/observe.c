@@ -117,6 +117,21 @@ static uint32_t running_since(const struct machine *m, uint16_t cpu, uint64_t ke
 	return since;
 }
 
+/* d: code that runs with IF = 1 elsewhere has left a handler whose gate cleared it, unless it runs inside of that one. */
+static void close_unmasked(struct machine *m, uint64_t key, uint64_t rsp, struct seen *seen)
+{
+	uint32_t next;
+
+	for (uint32_t id = m->watch[seen->cpu].head; id != NONE; id = next) {
+		struct node *n = frame_at(m, id);
+
+		next = n->watch.next;
+		if (frame_dedicated(&n->f) && n->f.gate_type == 0xe && n->f.status != TDB_FRAME_CLOBBERED && n->key != key &&
+		    !on_chain(m, seen->cpu, rsp, n->f.entry))
+			close_seen(m, n, TDB_SETTLE_IF, seen);
+	}
+}
+
 void observe(struct machine *m, struct cpu *c, uint16_t cpu, const struct tdb_context *at, uint32_t event)
 {
 	bool rsp_known = ctx_knows(at, TDB_K_RSP), rip_known = ctx_knows(at, TDB_K_RIP);
@@ -160,9 +175,9 @@ void observe(struct machine *m, struct cpu *c, uint16_t cpu, const struct tdb_co
 				continue;
 			}
 		}
-		if (!returns && if_set && n->f.gate_type == 0xe && n->f.status != TDB_FRAME_CLOBBERED && key != n->key)
-			close_seen(m, n, TDB_SETTLE_IF, &seen);
 	}
+	if (rsp_known && !returns && if_set)
+		close_unmasked(m, key, at->rsp, &seen);
 	if (unlikely(returns && (outer || seen.since.entry != NONE)))
 		raise_stuck(m, c, cpu, event, TDB_EV_COMPUTED, &seen.since);
 	infer_unblock(m, c, &seen);

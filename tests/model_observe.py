@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from model_records import ModelCpu, ModelEvent, ModelFrame, ModelStack
@@ -20,14 +21,14 @@ class Observe(State):
 
     # -- the chain --------------------------------------------------------------------------------------------------
 
-    def chain(self, cpu: int, rsp: int | None) -> set[int]:
-        """Entries of the frames that are live as far as an RSP shows."""
+    def chain(self, cpu: int, rsp: int | None, without: Collection[int] = ()) -> set[int]:
+        """Entries of the frames that are live as far as an RSP shows; `without`: those that are closed by now."""
         taken: set[int] = set()
         cur = rsp
         for _ in range(CHAIN_STEPS):
             if cur is None:
                 break
-            above = [f for f in self.on(self.stack_of(cur), cpu) if f.rip_addr >= cur]
+            above = [f for f in self.on(self.stack_of(cur), cpu) if f.rip_addr >= cur and f.entry not in without]
             if not above:
                 break
             frame = min(above, key=lambda f: (f.rip_addr, -f.entry))
@@ -40,7 +41,7 @@ class Observe(State):
                 and frame.saved.rsp <= frame.rip_addr
                 and frame.victim is not None
             ):
-                victim = next((f for f in self.frames if f.entry == frame.victim), None)
+                victim = next((f for f in self.frames if f.entry == frame.victim and f.entry not in without), None)
                 if victim is None or victim.entry in taken:
                     return taken
                 taken.add(victim.entry)
@@ -83,9 +84,11 @@ class Observe(State):
                 elif here == outside and rsp >= saved.rsp:
                     c[frame.entry] = Settle.ABOVE
             if not self.returns_recorded and event.rflags is not None and event.rflags & x86.RFLAGS_IF:
+                live = self.chain(number, rsp, {**a, **b, **c})
                 for frame in self.frames_of(number):
                     if (
-                        frame.status != FrameStatus.CLOBBERED
+                        frame.entry not in live
+                        and frame.status != FrameStatus.CLOBBERED
                         and frame.dedicated
                         and frame.gate_type == x86.GATE_INTERRUPT
                         and frame.stack != here

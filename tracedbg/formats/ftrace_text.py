@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tracedbg import wire
 from tracedbg.errors import FormatError, UsageError
+from tracedbg.formats.ftrace_events import Events
+from tracedbg.formats.ftrace_guests import Guests
 from tracedbg.formats.ftrace_lines import Cpus, Lines, Lost, Record, Unit
 from tracedbg.formats.ftrace_points import Points
 from tracedbg.formats.ftrace_rows import Rows
@@ -81,7 +83,9 @@ class _Reader:
         self.writer = writer
         self.options = options
         self.rows = Rows(writer)
-        self.points = Points(self.rows, writer)
+        self.events = Events(self.rows, writer)
+        self.guests = Guests(self.events)
+        self.points = Points(self.events, self.guests)
         self.lines = Lines()
         self.unit: Unit | None = None
         self.cpus = 0  # said by the text
@@ -105,11 +109,11 @@ class _Reader:
         if rest.strip():
             # Half a number is a number, too: it cannot be told that a line is whole but by its end.
             self.damage.append(f"at {offset:#x}: the last line has no end, and is not read")
-            self.points.counts["gaps"] += 1
+            self.events.counts["gaps"] += 1
         if not self.records:
             raise FormatError(self.source.path, "no line of a tracepoint in it", 0)
         hosts = max(self.points.finish(), self.cpus)
-        cpus = hosts + len(self.points.guests)
+        cpus = hosts + len(self.guests.found)
         if cpus > wire.MAX_CPUS:
             raise FormatError(self.source.path, f"CPUs of the host and of guests: {cpus}, at most {wire.MAX_CPUS}")
         self.rows.finish(hosts)
@@ -130,17 +134,17 @@ class _Reader:
             if self.unit is None:
                 self.unit = said.unit
             if said.cpu >= wire.MAX_CPUS:
-                self.points.counts["odd_records"] += 1
+                self.events.counts["odd_records"] += 1
                 return
             timed = said.unit is self.unit and said.time < 1 << 64
             if not timed:
-                self.points.counts["odd_times"] += 1
+                self.events.counts["odd_times"] += 1
             self.points.take(said, timed)
         elif isinstance(said, Lost):
             if said.cpu is None or said.cpu < wire.MAX_CPUS:
                 self.points.lost(said.cpu, said.count)
             else:
-                self.points.counts["odd_records"] += 1
+                self.events.counts["odd_records"] += 1
         elif isinstance(said, Cpus):
             if said.count <= wire.MAX_CPUS:
                 self.cpus = max(self.cpus, said.count)
@@ -159,17 +163,17 @@ class _Reader:
 
     def _meta(self, hosts: int) -> dict[str, Any]:
         points, source = self.points, self.source
-        counts = {"records": self.records, "other_lines": self.others, **points.counts}
+        counts = {"records": self.records, "other_lines": self.others, **self.events.counts}
         told = dict(_FIDELITY)
         told["time"] = _UNITS[self.unit or Unit.TICKS]
         if self.unit is Unit.TICKS and not self.options.cpu_hz:
             told["time"] += "; if it is the TSC, give its frequency (--cpu-hz)"
         told["context"] = _CONTEXT if points.flags_seen and not points.nmi_hidden else _NO_CONTEXT
-        if points.counts["faults_at_a_symbol"]:
+        if self.events.counts["faults_at_a_symbol"]:
             told["rip"] = "the kernel's addresses are printed as symbols without an offset: RIP is not known there"
         if any(name.rpartition(":")[2].startswith("kvm_") for name in points.seen):
             told.update(_KVM)
-            if not points.kvm_injects:
+            if not self.guests.injects:
                 told["guest"] = _NO_INJECTION
         meta: dict[str, Any] = {
             "source": {"format": FORMAT, "name": source.name, "sha256": source.sha256, "bytes": source.bytes},
@@ -178,10 +182,10 @@ class _Reader:
             "fidelity": told,
             "layout": {"origin": "file"} if self.options.layout is not None else {},
         }
-        if points.guests:
+        if self.guests.found:
             meta["vcpus"] = {
                 f"cpu {hosts + n}": f"vCPU{'' if one.vcpu is None else f' {one.vcpu}'} of thread {one.pid}"
-                for n, one in enumerate(points.guests)
+                for n, one in enumerate(self.guests.found)
             }
         if self.damage:
             meta["damage"] = self.damage

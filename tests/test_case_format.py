@@ -771,7 +771,7 @@ def test_a_case_file_is_read_like_a_trace(run_cli: Cli, race: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["convert", "race.tdbg", "--to", "pdf", "x"], "no output format 'pdf' (known: tracedbg, case)"),
+        (["convert", "race.tdbg", "--to", "pdf", "x"], "no output format 'pdf' (known: tracedbg, case, "),
         (["replay", "--layout", "xen", "race.case"], "a case file has its own layout"),
         (["replay", "--stores", "0-1", "race.case"], "a case file has its own layout"),
         (["convert", "race.case", "race.case", "x.tdbg"], "several files are only read together"),

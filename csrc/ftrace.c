@@ -274,10 +274,12 @@ int ftr_answer(struct ftr_state *s, uint64_t value, uint32_t code)
 		return DEC_E_ARG;
 	last = st->queue[(st->head + st->queued - 1) % FTR_QUEUE];
 	memcpy(&e, last, sizeof(e));
-	e.value = value;
-	e.code = code;
-	e.flags |= TDB_F_BYTES;
-	e.known |= TDB_K_VALUE | TDB_K_CODE;
+	ftr_complete(&e, value, code);
+	if (s->asked.point) {
+		s->asked.value = value;
+		s->asked.code = code;
+		s->answer[ftr_answer_slot(&s->asked)] = s->asked;
+	}
 	memcpy(last, &e, sizeof(e));
 	return DEC_OK;
 }

@@ -24,7 +24,7 @@ enum {
 enum ftr_what {          /* what becomes of a tracepoint's records */
 	FTR_SKIP = 0,        /* counted */
 	FTR_EVENT = 1,       /* the event of the table, with the fields put where they say */
-	FTR_ASK = 2,         /* the same; the caller completes it */
+	FTR_ASK = 2,         /* the event; the caller completes it, for records with equal fields 0 and 1 (if there are) once */
 	FTR_IRQ_ENTRY = 3,   /* the same for the first handler of an interrupt; fields: IRQ, place of the handler's name */
 	FTR_IRQ_EXIT = 4,    /* nothing; fields: IRQ */
 	FTR_KVM_ENTRY = 5,   /* fields: enum ftr_entry_field */
@@ -37,7 +37,7 @@ enum ftr_entry_field { FTR_N_VCPU = 0, FTR_N_RIP = 1, FTR_N_INTR = 2, FTR_N_CODE
 
 enum ftr_exit_field { FTR_X_RIP = 0, FTR_X_REASON = 1, FTR_X_ISA = 2, FTR_X_INFO2 = 3, FTR_X_INTR = 4 };
 
-enum ftr_to {            /* where FTR_EVENT and FTR_ASK put a field */
+enum ftr_to {            /* where FTR_EVENT puts a field */
 	FTR_TO_NOTHING = 0, FTR_TO_RIP = 1, FTR_TO_RSP = 2, FTR_TO_ADDR = 3, FTR_TO_VALUE = 4, FTR_TO_CODE = 5, FTR_TO_ARG = 6
 };
 
@@ -93,6 +93,8 @@ struct ftr_vcpu { uint32_t pid; uint32_t id; };   /* thread; KVM's number, FTR_N
 
 struct ftr_damage { uint64_t at; uint32_t stream; uint32_t reserved; };   /* at: of the page, bytes of its stream */
 
+struct ftr_answer { uint64_t key[2], value; uint32_t code; uint32_t point; };   /* point 0: none */
+
 struct ftr_state {
 	struct ftr_stream *stream;
 	struct ftr_point *point;
@@ -115,6 +117,8 @@ struct ftr_state {
 	uint64_t count[10];          /* enum ftr_count */
 	struct ftr_damage damage[20];
 	uint32_t heap[8192];
+	struct ftr_answer asked;         /* what is asked for; point 0: for this one record */
+	struct ftr_answer answer[256];   /* by hash of their keys */
 	uint64_t code[4096];         /* addresses in the upper half where the host was interrupted, by hash; 0: none */
 	uint32_t codes;
 	uint32_t reserved;

@@ -181,6 +181,32 @@ static void emit(struct ftr_state *s, struct ftr_stream *st, const struct ftr_po
 		keep_code(s, e.rip);
 }
 
+/* An event that the caller completes, if it has not done so for one like it. */
+static int ask(struct ftr_state *s, struct ftr_stream *st, const struct ftr_point *pt, const uint8_t *p, uint32_t size)
+{
+	struct tdb_event e = from(st, pt->event, st->cpu);
+	struct ftr_answer a = { .point = (uint32_t)(pt - s->point) };
+	struct ftr_answer *known;
+	int keyed = field(&pt->field[0], p, size, &a.key[0]) && (!pt->field[1].size || field(&pt->field[1], p, size, &a.key[1]));
+
+	if (keyed) {
+		known = &s->answer[ftr_answer_slot(&a)];
+		if (known->point == a.point && known->key[0] == a.key[0] && known->key[1] == a.key[1]) {
+			ftr_complete(&e, known->value, known->code);
+			push(st, &e);
+			return 0;
+		}
+	} else {
+		a.point = 0;
+	}
+	push(st, &e);
+	s->asked = a;
+	s->point_asked = (uint32_t)(pt - s->point);
+	s->record = p;
+	s->record_size = size;
+	return 1;
+}
+
 /* An interrupt runs each of its handlers once; one record a handler. */
 static void irq_entry(struct ftr_state *s, struct ftr_stream *st, const struct ftr_point *pt, const uint8_t *p, uint32_t size,
 		      uint8_t flags)
@@ -380,12 +406,7 @@ int ftr_record(struct ftr_state *s, struct ftr_stream *st, const uint8_t *p, uin
 		s->count[FTR_C_UNKNOWN]++;
 	switch (pt->what) {
 	case FTR_EVENT: emit(s, st, pt, p, size, (uint8_t)flags); break;
-	case FTR_ASK:
-		emit(s, st, pt, p, size, (uint8_t)flags);
-		s->point_asked = (uint32_t)(pt - s->point);
-		s->record = p;
-		s->record_size = size;
-		return 1;
+	case FTR_ASK: return ask(s, st, pt, p, size);
 	case FTR_IRQ_ENTRY: irq_entry(s, st, pt, p, size, (uint8_t)flags); break;
 	case FTR_IRQ_EXIT: irq_exit(st, pt, p, size); break;
 	case FTR_KVM_ENTRY: kvm_entry(s, st, pt, p, size); break;

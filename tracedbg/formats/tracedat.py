@@ -14,8 +14,8 @@ from tracedbg.errors import FormatError, UsageError
 from tracedbg.formats import tracedat_container as container
 from tracedbg.formats import tracedat_text
 from tracedbg.formats.source import Input
-from tracedbg.formats.tracedat_container import Buffer, Container
-from tracedbg.formats.tracedat_decode import Decoder
+from tracedbg.formats.tracedat_container import Buffer
+from tracedbg.formats.tracedat_decode import MAX_STREAMS, Decoder
 from tracedbg.formats.tracedat_events import Table, by_count, table
 from tracedbg.formats.tracedat_file import Store
 from tracedbg.formats.tracedat_pages import Pages, streams
@@ -91,6 +91,8 @@ class _Reader:
         hz = self._hz()
         made = table(self.forms, self.writer, self.options.keep_marks)
         pages = streams(self.store, self.buffers, lambda: container.unpacker(found.packing))
+        if len(pages) > MAX_STREAMS:
+            raise FormatError(self.store.path, "more CPUs in all buffers than can be read")
         hosts = max([part.cpu + 1 for part in pages] + [found.cpus if found.cpus <= wire.MAX_CPUS else 1, 1])
         decoder = Decoder(made, self.page, pages, hosts, self.writer, lambda: container.symbols(self.store, found))
         decoder.run()
@@ -188,6 +190,3 @@ class _Reader:
             names = ", ".join(b.name or "top" for b in self.left_out[:8])
             told["buffers"] = f"not read, their clock is another: {names}"
         return told
-
-
-__all__ = ["Container", "read", "sniff"]

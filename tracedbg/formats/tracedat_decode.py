@@ -16,6 +16,7 @@ from tracedbg.writer import TraceWriter
 
 ROOM = 16384  # events taken at a time
 MAX_TEXTS = 4096  # of marks
+MAX_STREAMS = int(lib.FTR_MAX_STREAMS)
 
 _COUNTS = {
     "records": lib.FTR_C_RECORDS, "odd_records": lib.FTR_C_ODD, "unknown_records": lib.FTR_C_UNKNOWN,
@@ -32,9 +33,7 @@ class Decoder:
         self, made: Table, page: PageFormat, pages: Sequence[Pages], hosts: int, writer: TraceWriter,
         kallsyms: Callable[[], bytes],
     ) -> None:  # fmt: skip
-        """`hosts`: CPUs of the host; `kallsyms`: its symbols, if they are needed. Raises FormatError for too many pages."""
-        if len(pages) > lib.FTR_MAX_STREAMS:
-            raise FormatError("-", "more CPUs in all buffers than can be read")
+        """At most MAX_STREAMS `pages`. `hosts`: CPUs of the host; `kallsyms`: its symbols, if they are needed."""
         self._points = made.points
         self._pages = pages
         self._writer = writer
@@ -55,8 +54,7 @@ class Decoder:
         view = memoryview(out)
         while True:
             count = lib.ftr_run(state, room, ROOM)
-            if count < 0:
-                raise FormatError("-", "pages that cannot be read")
+            assert count >= 0  # the state is sound
             if count:
                 self._writer.append(view[: count * wire.EVENT_SIZE])
             if state.stream_wanted == lib.FTR_NONE:

@@ -72,8 +72,8 @@ def _in_order(*names: str) -> Places:
 _KNOWN: dict[tuple[str, str], tuple[int, bytes, Places, tuple[str, ...]]] = {
     ("exceptions", "page_fault_user"): (lib.FTR_EVENT, _FAULT, _FAULT_FIELDS, ("ip", "address", "error_code")),
     ("exceptions", "page_fault_kernel"): (lib.FTR_EVENT, _FAULT, _FAULT_FIELDS, ("ip", "address", "error_code")),
-    NMI_HANDLER: (lib.FTR_ASK, _MARK, _in_order("handler"), ("handler",)),
-    MCE_RECORD: (lib.FTR_ASK, _MARK, _in_order("mcgstatus"), ("mcgstatus",)),
+    NMI_HANDLER: (lib.FTR_ASK, _MARK, _in_order("handler", "handled"), ("handler",)),
+    MCE_RECORD: (lib.FTR_ASK, _MARK, (), ("mcgstatus",)),
     ("irq", "irq_handler_entry"): (lib.FTR_IRQ_ENTRY, _EXTERNAL, _in_order("irq", "name"), ("irq",)),
     ("irq", "irq_handler_exit"): (lib.FTR_IRQ_EXIT, _MARK, _in_order("irq"), ("irq",)),
     ("kvm", "kvm_entry"): (lib.FTR_KVM_ENTRY, _MARK, _in_order("vcpu_id", "rip", "intr_info", "error_code"), ()),

@@ -19,7 +19,7 @@ from tracedbg.layout import Layout
 from tracedbg.output import os_error
 from tracedbg.state import Event, EventFlag, Kind, Known, Source
 
-SMALL = 64 << 20  # files up to this size are read whole and checked whole; larger ones are mapped
+SMALL = 64 << 20  # files up to this size are read whole and checked whole; larger ones, and those of our own, are mapped
 
 Meta = dict[str, Any]
 
@@ -76,10 +76,10 @@ class Trace:
             raise os_error(name, error) from None
 
     @classmethod
-    def from_file(cls, file: BinaryIO, name: str) -> Trace:
-        """Open a trace from an open regular file."""
+    def from_file(cls, file: BinaryIO, name: str, *, private: bool = False) -> Trace:
+        """Open a trace from an open regular file. `private`: nobody else can cut it short while it is mapped."""
         size = os.fstat(file.fileno()).st_size
-        if size <= SMALL:
+        if size <= SMALL and not private:
             file.seek(0)
             return cls(name, memoryview(file.read()), None)
         owner = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -249,7 +249,7 @@ class Trace:
             blocks = -(-self.count // wire.CRC_BLOCK)
             if len(self._checks) != 4 * blocks:
                 raise self._fail("CHECKS section does not fit the number of events", offset)
-            if size <= SMALL:
+            if size <= SMALL and self._owner is None:
                 for _ in self.check():
                     pass
 

@@ -120,15 +120,16 @@ class TraceWriter:
         if not self._buffer:
             return
         at = 0
-        while at < len(self._buffer):
-            room = (wire.CRC_BLOCK - self._crc_events) * wire.EVENT_SIZE
-            chunk = bytes(self._buffer[at : at + room])
-            self._crc = zlib.crc32(chunk, self._crc)
-            self._crc_events += len(chunk) // wire.EVENT_SIZE
-            at += len(chunk)
-            if self._crc_events == wire.CRC_BLOCK:
-                self._seal()
-        self._file.write(self._buffer)
+        with memoryview(self._buffer) as view:
+            while at < len(view):
+                room = (wire.CRC_BLOCK - self._crc_events) * wire.EVENT_SIZE
+                with view[at : at + room] as chunk:
+                    self._crc = zlib.crc32(chunk, self._crc)
+                    self._crc_events += len(chunk) // wire.EVENT_SIZE
+                    at += len(chunk)
+                if self._crc_events == wire.CRC_BLOCK:
+                    self._seal()
+            self._file.write(view)
         self._file.flush()
         self._buffer.clear()
 

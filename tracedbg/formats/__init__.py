@@ -53,7 +53,7 @@ def open_inputs(paths: Sequence[str], *, from_format: str | None = None, options
             writer = TraceWriter(cast(Any, file))
             _read(form, inputs, writer, options)
             writer.close()
-            trace = Trace.from_file(cast(Any, file), paths[0])
+            trace = Trace.from_file(cast(Any, file), paths[0], private=True)
             trace.foreign = form.name
             return trace
     finally:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import gzip
+import mmap
 import random
 import struct
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from xentrace_model import Model
 
 from tracedbg import wire
+from tracedbg._decode import ffi, lib
 from tracedbg.formats import xentrace_decode
-from tracedbg.formats.xentrace_decode import COUNTS, DAMAGE, Decoder
-from tracedbg.formats.xentrace_events import RECORDS, Vendor
+from tracedbg.formats.xentrace_decode import COUNTS, DAMAGE, Decoder, declaration
+from tracedbg.formats.xentrace_events import REASONS, RECORDS, WAITING, Vendor
 
 DATA = Path(__file__).parent / "data" / "xentrace"
 IDS = sorted(record.event for record in RECORDS)
@@ -195,3 +199,61 @@ def test_random_files(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_many_random_files(monkeypatch: pytest.MonkeyPatch) -> None:
     streams(2000, 60_000, monkeypatch)
+
+
+# -- what C refuses -------------------------------------------------------------------------------------------------------
+
+
+def exit_record(form: Any) -> Any:
+    return next(record for record in form.record if record.event == 0x81102)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("make", lib.XT_MAKES), ("words", 8), ("words", 2), ("event", 1 << 28), ("vendor", 3)],
+)
+def test_a_wrong_record_is_refused(name: str, value: int) -> None:
+    assert opened(lambda form: setattr(exit_record(form), name, value)) == lib.DEC_E_ARG
+
+
+@pytest.mark.parametrize("part", [(0, 1, 32), (0, 0, 33), (6, 0, 64), (3, 0, 32), (2, 8, 64)])
+def test_a_field_outside_of_its_record_is_refused(part: tuple[int, int, int]) -> None:
+    def change(form: Any) -> None:
+        field = exit_record(form).value
+        field.word, field.shift, field.bits = part
+
+    assert opened(change) == lib.DEC_E_ARG
+
+
+@pytest.mark.parametrize(("name", "value"), [("records", 65), ("texts", 513), ("texts", 3), ("vendor", 3)])
+def test_a_wrong_declaration_is_refused(name: str, value: int) -> None:
+    assert opened(lambda form: setattr(form, name, value)) == lib.DEC_E_ARG
+
+
+def test_wrong_arguments_are_refused() -> None:
+    assert opened(lambda form: None) == lib.DEC_OK
+    assert opened(lambda form: form.reason.__setitem__(7, 3)) == lib.DEC_E_ARG
+    assert opened(lambda form: None, offset=8) == lib.DEC_E_ARG
+    assert lib.xt_size(7) == lib.xt_size((1 << 30) + 1) == lib.DEC_E_ARG and lib.xt_size(8) > 0
+    assert lib.xt_read(ffi.NULL, b"", 0, 1, ffi.new("struct tdb_event **"), ffi.new("uint64_t *")) == lib.DEC_E_ARG
+
+
+def opened(change: Callable[[Any], object], offset: int = 0) -> int:
+    form = ffi.new("struct xt_format *", declaration()[0][0])
+    change(form)
+    area = ffi.from_buffer(mmap.mmap(-1, lib.xt_size(8) + 64))
+    return int(lib.xt_open(area + offset, 8, form))
+
+
+def test_cpus_and_words_are_the_same_on_both_sides() -> None:
+    assert lib.XT_CPUS == wire.MAX_CPUS and len(RECORDS) <= lib.XT_RECORDS
+    assert max(REASONS) < lib.XT_REASONS and max(WAITING) < 8
+    assert len({record.event for record in RECORDS}) == len(RECORDS)
+
+
+def test_a_cut_where_no_room_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xentrace_decode, "MAX_HELD", 8 * 64)
+    entry = struct.pack("<IQ", 0x80081001, 5)
+    data = struct.pack("<III", 0x2001F003, 0, 12) + entry + struct.pack("<III", 0x2001F003, 1, 72) + entry * 5
+    model = compare(data + struct.pack("<III", 0x2001F003, 2, 12) + entry, held=8)
+    assert [event[60] for event in model.out] == [27] * 6 + [31, 27] and model.counts["unordered"] == 1

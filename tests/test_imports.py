@@ -80,6 +80,8 @@ def test_nobody_imports_to_the_right(root: Path) -> None:
         ("textual", {"tui"}),
         ("rich", {"tui"}),
         ("jsonschema", set()),
+        ("pyarrow", {"export"}),
+        ("sqlite3", {"export"}),
     ],
 )
 def test_heavy_modules_have_few_importers(root: Path, module: str, allowed: set[str]) -> None:

@@ -386,27 +386,34 @@ _LIFE = (
 _CODES: dict[int, Literal["B", "H", "I", "Q", "q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
+LIFE_SIZE: int = ffi.sizeof("struct tdb_life")
+
+
+def life_place(name: str) -> tuple[int, int]:
+    """Offset and size of a field in the records of Lives: `end`, `frame.lo`, `frame.saved.rip`."""
+    at, kind = 0, ffi.typeof("struct tdb_life")
+    for part in name.split("."):
+        field = dict(kind.fields)[part]
+        at, kind = at + field.offset, field.type
+    return at, ffi.sizeof(kind)
+
+
 class Lives:
     """Frames from their deliveries to their ends: each as a Life, or in columns where there are many of them."""
 
     def __init__(self, out: Any, count: int) -> None:
         self._out = out
-        self._bytes = memoryview(ffi.buffer(out))[: count * ffi.sizeof("struct tdb_life")]
+        self.data = memoryview(ffi.buffer(out))[: count * LIFE_SIZE]  # records of LIFE_SIZE bytes
         self._count = count
 
     def __len__(self) -> int:
         return self._count
 
     def column(self, name: str, *, signed: bool = False) -> memoryview[int]:
-        """One field of all of them, as the core holds it: `end`, `frame.lo`, `frame.saved.rip`; `signed`: 64-bit fields in
-        two's complement."""
-        at, kind = 0, ffi.typeof("struct tdb_life")
-        for part in name.split("."):
-            field = dict(kind.fields)[part]
-            at, kind = at + field.offset, field.type
-        size: int = ffi.sizeof(kind)
+        """One field of all of them, as the core holds it; `signed`: 64-bit fields in two's complement."""
+        at, size = life_place(name)
         code = "q" if signed and size == 8 else _CODES[size]
-        return self._bytes.cast(code)[at // size :: ffi.sizeof("struct tdb_life") // size]
+        return self.data.cast(code)[at // size :: LIFE_SIZE // size]
 
     def __iter__(self) -> Iterator[Life]:
         for row in zip(*(self.column(name).tolist() for name in _LIFE), strict=True):

@@ -297,8 +297,8 @@ def new_file(path: str, force: bool) -> Iterator[str]:
                 os.unlink(temporary)
 
 
-def check_directory(path: str, force: bool) -> None:
-    """Refuse an output directory that exists: with `force` too, unless it is a CTF trace (it has a file `metadata`) or empty."""
+def check_directory(path: str, force: bool, marker: str) -> None:
+    """Refuse an output directory that exists: with `force` too, unless it is empty or has a file `marker`."""
     if not path:
         raise UsageError("the name of the output is empty")
     if not os.path.lexists(path):
@@ -308,14 +308,14 @@ def check_directory(path: str, force: bool) -> None:
     if os.listdir(path):
         if not force:
             raise UsageError(f"{path} exists; --force overwrites it")
-        if not os.path.isfile(os.path.join(path, "metadata")):
+        if not os.path.isfile(os.path.join(path, marker)):
             raise UsageError(f"{path} holds other things than a trace: not overwritten")
 
 
 @contextlib.contextmanager
-def new_directory(path: str, force: bool) -> Iterator[str]:
+def new_directory(path: str, force: bool, marker: str) -> Iterator[str]:
     """The name of an empty directory to fill, which becomes `path` when it is whole."""
-    check_directory(path, force)
+    check_directory(path, force, marker)
     target = os.path.abspath(path)
     temporary = None
     try:

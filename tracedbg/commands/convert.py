@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     if to_stdout and not form.text and sys.stdout.isatty():
         raise UsageError(f"--to {form.name} is binary: give a file, or send stdout elsewhere")
     if form.directory:
-        common.check_directory(args.output, args.force)
+        common.check_directory(args.output, args.force, form.marker)
     else:
         common.check_output(args.output, args.force)
     inputs = common.Inputs(args)
@@ -94,7 +94,12 @@ def run(args: argparse.Namespace) -> int:
         elif to_stdout:
             _to_stdout(form, trace, inputs.symbols)
         else:
-            with (common.new_directory if form.directory else common.new_file)(args.output, args.force) as path:
+            output = (
+                common.new_directory(args.output, args.force, form.marker)
+                if form.directory
+                else common.new_file(args.output, args.force)
+            )
+            with output as path:
                 _write_foreign(form, trace, path, inputs.symbols)
         count, cpus = trace.count, trace.cpus
     if sys.stderr.isatty():

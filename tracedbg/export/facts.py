@@ -10,7 +10,7 @@ from enum import IntEnum
 from tracedbg import baseline, rules
 from tracedbg.describe import Words
 from tracedbg.replay import Replay
-from tracedbg.state import Cause, Finding, Frame, Stats
+from tracedbg.state import Cause, Event, EventFlag, Finding, Frame, Kind, Known, Source, Stats
 from tracedbg.text import clean
 from tracedbg.trace import Trace
 from tracedbg.x86 import SLOT_NAMES
@@ -46,6 +46,14 @@ def count_rows(stats: Stats) -> Iterator[tuple[str, int]]:
         value = getattr(stats, field.name)
         if isinstance(value, int) and field.name not in ("snapshots", "pages", "frames", "interval", "bytes", "first_bad"):
             yield field.name, value
+
+
+def delivery_name(words: Words, vector: int, source: int, short: bool | int) -> str:
+    """What deliveries of a vector from a source are called; `short`: by an INT of one byte."""
+    known = Known.ARG | Known.SOURCE | Known.CODE
+    kind = Source(source) if source in set(Source) else Source.UNKNOWN
+    event = Event(0, Kind.DELIVER, 0, 0, 0, 0, 0, 0, 1 if short else 2, 0, 0, 0, 0, known, vector, kind, EventFlag(0))
+    return words.delivery_name(event)
 
 
 def slot_list(mask: int) -> str:

@@ -17,7 +17,7 @@ from tracedbg.export.lives import batches
 from tracedbg.export.records import DELIVERIES, KNOWN_BITS, Records, payload, records
 from tracedbg.layout import REGION_READS, REGION_STACK, REGION_STORES, REGION_USER, Fidelity
 from tracedbg.replay import Lives, Replay
-from tracedbg.state import NO_EVENT, Event, EventFlag, FrameStatus, Kind, Known, Settle, Source
+from tracedbg.state import NO_EVENT, EventFlag, FrameStatus, Kind, Known, Settle, Source
 from tracedbg.symbols import Symbols
 from tracedbg.text import clean
 from tracedbg.trace import Trace
@@ -84,7 +84,7 @@ def _fill(database: sqlite3.Connection, replay: Replay, words: Words, options: W
             _insert(database, "bytes", _byte_rows(trace, words, stretch))
         if len(lives):
             _FRAMES.run(database, _frame_columns(lives))
-    _insert(database, "names", sorted((*key, _name(words, *key)) for key in names))
+    _insert(database, "names", sorted((*key, facts.delivery_name(words, *key)) for key in names))
     _findings(database, replay, words)
     _facts(database, replay, words, options)
     _run(database, sqlite_schema.INDEXES)
@@ -168,13 +168,6 @@ def _deliveries(stretch: Records) -> set[tuple[int, int, int]]:
     return found
 
 
-def _name(words: Words, vector: int, source: int, short: int) -> str:
-    known = Known.ARG | Known.SOURCE | Known.CODE
-    kind = Source(source) if source in set(Source) else Source.UNKNOWN
-    event = Event(0, Kind.DELIVER, 0, 0, 0, 0, 0, 0, 1 if short else 2, 0, 0, 0, 0, known, vector, kind, EventFlag(0))
-    return words.delivery_name(event)
-
-
 def _byte_rows(trace: Trace, words: Words, stretch: Records) -> Iterator[Row]:
     flags = stretch.column("flags").tolist()
     for index in compress(range(stretch.first, stretch.first + len(stretch)), (f & EventFlag.BYTES for f in flags)):
@@ -240,7 +233,7 @@ def _facts(database: sqlite3.Connection, replay: Replay, words: Words, options: 
     fidelity = layout.fidelity
     head = (
         sqlite_schema.VERSION, f"tracedbg {__version__}", trace.count, trace.cpus, trace.clock_hz or None, int(trace.unfinished),
-        int(bool(fidelity & Fidelity.RETURNS)), int(bool(fidelity & Fidelity.SS_ZEROED)),
+        *(int(bool(fidelity & bit)) for bit in (Fidelity.RETURNS, Fidelity.SS_ZEROED, Fidelity.INFERRED)),
     )  # fmt: skip
     tables: dict[str, Callable[[], Iterable[Row]]] = {
         "trace": lambda: [head],

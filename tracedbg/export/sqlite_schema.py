@@ -18,7 +18,8 @@ CREATE TABLE trace ( -- one row
   clock_hz INTEGER, -- ticks a second of events.time; NULL: unknown
   unfinished INTEGER NOT NULL, -- 1: the writer of the trace did not finish it
   returns_recorded INTEGER NOT NULL, -- 1: every return of every CPU is in the trace
-  ss_zeroed INTEGER NOT NULL -- 1: the source zeroes SS on an IST switch (QEMU TCG)
+  ss_zeroed INTEGER NOT NULL, -- 1: the source zeroes SS on an IST switch (QEMU TCG)
+  inferred INTEGER NOT NULL -- 1: the events are inferred from one instant (a dump)
 ) STRICT;
 
 CREATE TABLE meta ( -- what the trace says of itself: fidelity (what its source cannot know), damage, source, layout ...

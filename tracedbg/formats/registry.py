@@ -25,7 +25,8 @@ class Format:
     """One format. `reader` and `writer` are modules (Reader, Writer); the native one is read by trace.py, written by writer.py.
 
     `suffixes`: an output of such a name is of this format. `extra`: of the package, that the writer needs. `options`: fields
-    of ReaderOptions, beside those that every reader takes, that this reader knows.
+    of ReaderOptions, beside those that every reader takes, that this reader knows. `marker`: a file of each directory that is
+    written; one without it is never replaced.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Format:
     extra: str | None = None
     text: bool = False
     directory: bool = False
+    marker: str = "metadata"
     options: tuple[str, ...] = ()
 
     @property
@@ -98,6 +100,10 @@ FORMATS = (
     Format(
         "sqlite", "database: events, frames with their ends, findings (`tracedbg help sqlite`)",
         writer="tracedbg.export.sqlite", suffixes=(".sqlite", ".db"),
+    ),
+    Format(
+        "parquet", "Apache Parquet: the same as a directory of three columnar files",
+        writer="tracedbg.export.parquet", suffixes=(".parquet",), extra="parquet", directory=True, marker="_tracedbg.json",
     ),
 )  # fmt: skip
 

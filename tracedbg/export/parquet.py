@@ -39,7 +39,7 @@ _TEXT = pa.dictionary(pa.int32(), pa.string())
 def write(trace: Trace, path: str, options: WriterOptions) -> None:
     """As registry.Writer; `path` is an empty directory."""
     words = Words(trace, options.symbols)
-    with Replay(trace) as replay:
+    with Replay(trace, max_snapshots=2) as replay:  # nobody goes back
         with _File(path, "events", EVENTS) as events, _File(path, "frames", FRAMES) as frames:
             done = 0
             for lives in batches(replay, options.progress):

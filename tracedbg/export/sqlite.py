@@ -43,7 +43,7 @@ def write(trace: Trace, path: str, options: WriterOptions) -> None:
     words = Words(trace, options.symbols)
     database = sqlite3.connect(path, isolation_level=None)
     try:
-        with Replay(trace) as replay:
+        with Replay(trace, max_snapshots=2) as replay:  # nobody goes back
             _fill(database, replay, words, options)
     except sqlite3.Error as error:
         raise _as_os_error(error) from None

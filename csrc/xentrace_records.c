@@ -111,7 +111,7 @@ static struct tdb_event *deliver(struct xt *x, struct xt_cpu *c, unsigned source
 	struct tdb_event *e;
 
 	if (x->vendor == XT_SVM && in_exit(c) && c->stgi != c->exit) {
-		e = add(x, c, TDB_UNBLOCK, TDB_K_ARG, c->tsc);
+		e = add(x, c, TDB_UNBLOCK, TDB_K_ARG, time);
 		e->arg = 1;
 		c->stgi = c->exit;
 	}

@@ -239,7 +239,7 @@ class Model:
 
     def deliver(self, cpu: Cpu, vector: int | None, source: Source, time: int | None, **fields: int) -> None:
         if self.vendor == 1 and cpu.in_exit and cpu.stgi != cpu.exit:
-            self.add(cpu, Kind.UNBLOCK, cpu.tsc, arg=1)
+            self.add(cpu, Kind.UNBLOCK, time, arg=1)
             cpu.stgi = cpu.exit
         if vector is not None:
             fields["arg"] = vector

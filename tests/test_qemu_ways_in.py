@@ -144,9 +144,9 @@ def test_a_packed_log_that_is_cut_short_is_refused_wherever_it_is_cut(tmp_path: 
 def test_many_empty_frames_and_members_take_linear_time(tmp_path: Path) -> None:
     plain = (DATA / "istlab/a/qemu.log").read_bytes()
     for pack in (gzip.compress, zstandard.compress):
-        start = time.monotonic()
+        start = time.process_time()
         assert read_bytes(tmp_path, pack(b"") * ((2 << 20) // len(pack(b""))) + pack(plain)).count == 5
-        assert time.monotonic() - start < 6
+        assert time.process_time() - start < 6
 
 
 def test_what_zstd_expands_to_comes_in_bounded_pieces(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_hostile_text_is_read_in_linear_time(tmp_path: Path, piece: bytes) -> No
     text = (piece * (size // len(piece) + 1))[:size]
     lines = b"".join(text[at : at + 60000] + b": v=\n" for at in range(0, size, 60000))  # none longer than the limit
     two = lead + (head(1, 14, 0x1000, 0x9000) + "\n").encode() + many
-    start = time.monotonic()
+    start = time.process_time()
     for data in (text, lines, two + text, two + lines, lead + b"RAX=00000000\n" + lines, b"0000000000105100:" + text):
         for form in (None, "qemu-int"):
             with contextlib.suppress(FormatError):
@@ -208,7 +208,7 @@ def test_hostile_text_is_read_in_linear_time(tmp_path: Path, piece: bytes) -> No
             qemu_monitor.parse(data, "m")
         with contextlib.suppress(FormatError):
             Symbols.parse(data)
-    assert time.monotonic() - start < 10  # a tenth of it is usual; what grows with the square takes minutes
+    assert time.process_time() - start < 10  # a tenth of it is usual; what grows with the square takes minutes
 
 
 @pytest.mark.parametrize("first", ["     1: v", "1: v=02 ", "RAX=0000000000000001 ", "RSI=0"], ids=["v", "v=", "rax", "rsi"])
@@ -217,9 +217,9 @@ def test_a_line_that_is_torn_without_end_is_damaged_once_it_is_longer_than_a_rea
     if first.startswith("RSI"):
         begin += "RAX=0000000000000001\n"
     text = begin + first + ("x" * 1000 + "Triple fault\n") * 1000 + event(2, 0x20, 0x1000, 0x9000)
-    start = time.monotonic()
+    start = time.process_time()
     trace = read_bytes(tmp_path, text.encode())
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
     assert [e.source_index for e in deliveries(trace)][0::2] == [0, 2]
     counts = trace.meta["counts"]
     assert counts["damaged"] >= 1

@@ -33,39 +33,29 @@ class Dumps:
         self.out: list[Item] = []
         self.blocks = 0  # dumps of `v=` lines
         self.bare = False  # `v=` lines only
-        self._waiting: list[_Waiting | Item] = []
+        self.waiting: list[_Waiting | Item] = []  # `v=` lines without their dump, and what came behind them
         self._open: list[_Waiting] = []  # those in it that are not done: looked through for every piece, so kept apart
-        self._block: list[bytes] | None = None
+        self.block: list[bytes] | None = None  # lines of a dump that has begun
         self._prefix = b""  # of a register line that another thread's line cut in two
 
     @property
     def calm(self) -> bool:
         """Whether nothing is waiting."""
-        return not self._waiting and self._block is None
-
-    @property
-    def waiting(self) -> bool:
-        """Whether a `v=` line waits."""
-        return bool(self._waiting)
-
-    @property
-    def inside(self) -> bool:
-        """Whether a dump has begun and not ended."""
-        return self._block is not None
+        return not self.waiting and self.block is None
 
     def takes(self, text: bytes, cut: bool = False) -> bool:
         """Whether a text is a register line of the dump that has begun, or (`cut`) may be the beginning of one."""
-        return self._block is not None and bool(cut or self._prefix or patterns.REGISTERS.match(text))
+        return self.block is not None and bool(cut or self._prefix or patterns.REGISTERS.match(text))
 
     # -- `v=` lines ---------------------------------------------------------------------------------------------------
 
     def head(self, attempt: Attempt, cause: int) -> None:
         """A `v=` line up to SP."""
         waiting = _Waiting(attempt, done=self.bare, cause=cause)
-        self._waiting.append(waiting)
+        self.waiting.append(waiting)
         if not self.bare:
             self._open.append(waiting)
-        if self._block is not None:
+        if self.block is not None:
             self._close_block()
         if len(self._open) > WAIT:
             if not self.blocks:
@@ -93,36 +83,36 @@ class Dumps:
         """A line of another thread stood inside of one of these."""
         if self._open:
             self._open[0].torn = True
-        elif self._block is not None:
+        elif self.block is not None:
             self.counts["torn_repaired"] += 1
 
     # -- register dumps -----------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """A dump begins."""
-        if self._block is not None:
+        if self.block is not None:
             self._close_block()
-        self._block = []
+        self.block = []
 
     def line(self, text: bytes, cut: bool = False) -> None:
         """A line of the dump, or its part before another thread's line (`cut`)."""
-        if self._block is None:
+        if self.block is None:
             return
         if self._prefix:
             text, self._prefix = self._prefix + text, b""
         if cut and len(text) <= MAX_TORN:
             self._prefix = text
             return
-        self._block.append(text)
+        self.block.append(text)
         if text.startswith(b"EFER="):
             self._close_block()
-        elif cut or len(self._block) > MAX_BLOCK:
+        elif cut or len(self.block) > MAX_BLOCK:
             self.counts["damaged"] += 1
-            self._block = None
+            self.block = None
 
     def _close_block(self) -> None:
-        text = b"\n".join(self._block or ())
-        self._block, self._prefix = None, b""
+        text = b"\n".join(self.block or ())
+        self.block, self._prefix = None, b""
         found = {name: pattern.search(text) for name, pattern in patterns.IN_BLOCK.items()}
         rip, sp, tr, idt, efer, cr2 = (found[name] for name in ("rip", "sp", "tr", "idt", "efer", "cr2"))
         heads = self._open
@@ -168,11 +158,11 @@ class Dumps:
 
     def put(self, item: Item) -> None:
         """Any other item."""
-        if not self._waiting:
+        if not self.waiting:
             self.out.append(item)
             return
-        self._waiting.append(item)
-        if len(self._waiting) > MAX_WAITING:
+        self.waiting.append(item)
+        if len(self.waiting) > MAX_WAITING:
             self._give_up(self._open[0])
             self._flush()
 
@@ -183,7 +173,7 @@ class Dumps:
 
     def finish(self) -> None:
         """The log is at its end."""
-        if self._block is not None:
+        if self.block is not None:
             self._close_block()
         if self._open and not self.blocks:
             self._all_bare()
@@ -210,7 +200,7 @@ class Dumps:
 
     def _flush(self) -> None:
         done = 0
-        for entry in self._waiting:
+        for entry in self.waiting:
             if isinstance(entry, _Waiting):
                 if not entry.done:
                     break
@@ -218,4 +208,4 @@ class Dumps:
             else:
                 self.out.append(entry)
             done += 1
-        del self._waiting[:done]
+        del self.waiting[:done]

@@ -28,7 +28,7 @@ FORMAT = "qemu-int"
 _FIDELITY = {
     "returns": "IRETs are not logged",
     "stores": "stores of software are not logged",
-    "time": "the log has no time; -msg timestamp=on with a trace event, or QEMU 10.2, would give it",
+    "time": "the log has no time; -msg timestamp=on gives it, up to QEMU 10.1 only to trace events",
     "source": "LAPIC and 8259 interrupts cannot be told apart (external); -d trace:apic_*,trace:pic_* would tell",
     "ss": "QEMU zeroes SS on every IST switch",
     "rf": "RF in a pushed RFLAGS is the version's choice: QEMU 7.2 clears it, 10.0 sets it for faults and interrupts",

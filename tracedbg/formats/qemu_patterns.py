@@ -45,8 +45,9 @@ PIECE = re.compile(
     rb"|PLG (?P<plugin>cpu=[^\n]*)"
 )
 CUT_HEAD = re.compile(rb" *[0-9]{1,10}(?:$|: ?$|: v)")
-# A line without one of these holds no piece; in a register dump " CR2=" is ordinary.
-TORN_HINT = re.compile(rb": v=|check_e|Servic|R_EAX|AX=|CPU |SMM: |Triple|PLG |pic_|[0-9]@[0-9]")
+# A line without one of these holds no piece; in a register dump " CR2=" is ordinary. Trace lines have "@" or "pic_": looked for
+# by themselves, because digits before would make these slow.
+TORN_HINT = re.compile(rb": v=|check_e|Servic|R_EAX|AX=|CPU |SMM: |Triple|PLG ")
 HINT = re.compile(TORN_HINT.pattern + rb"| CR2=")
 REGISTERS = re.compile(
     rb"(?:R(?:AX|SI|8 |12|IP)|E(?:AX|SI|IP|S |FER)|[CSDFG]S |LDT|TR |GDT|IDT|CR0|DR[06]|CCS|FCW|FPR[0-7]|[XYZ]MM\d\d|R\d\d)="

@@ -30,6 +30,7 @@ class Scan:
         self._state.tss_bytes = qemu_monitor.TSS_BYTES
         self._out = ffi.new("uint64_t[]", MAX_EVENTS * SIZE // 8)
         self._slots: dict[int, Tables] = {}
+        self._given: set[int] = set()  # CPUs
         self._known = 0  # tables that were offered a slot
 
     def scan(self, text: LogText, buffer: bytes, at: int, limit: int) -> int:
@@ -86,11 +87,10 @@ class Scan:
                     self._offer(tr, idt, tables)
             self._known = len(cpus.tables)
         if events.stale is None:
-            for number in range(MAX_CPUS):
-                self._state.cpu[number].ready = 0
-            events.stale = set(cpus.seen)
+            events.stale = self._given | set(cpus.seen)
         for number in events.stale:
             self._give_cpu(number, cpus.seen.get(number))
+        self._given |= events.stale
         events.stale.clear()
 
     def _offer(self, tr: bytes, idt: bytes, tables: Tables) -> None:

@@ -108,7 +108,7 @@ class LogText:
         out = dumps.out
         make = tuple.__new__
         while at < limit and len(out) < batch and lines > 0:
-            calm = dumps.calm and not self._junk and not self._cut
+            calm = not dumps.waiting and dumps.block is None and not self._junk and not self._cut
             row = 0
             while calm and row < most and len(out) < batch and at < limit and (match := whole(buffer, at)):
                 row += 1
@@ -174,15 +174,18 @@ class LogText:
     # -- lines that are not whole blocks ------------------------------------------------------------------------------
 
     def _line(self, line: bytes) -> None:
+        dumps = self.dumps
+        if not line and not self._cut and dumps.block is None:
+            return
         if b"Z " in line:
             line = self.stamps.strip(line)
         if self._cut:
             line, self._cut = self._cut + line, b""
-        dumps = self.dumps
-        if dumps.inside and not patterns.TORN_HINT.search(line, 4) and dumps.takes(line):
+        traced = b"@" in line or b"pic_" in line
+        if dumps.block is not None and not traced and not patterns.TORN_HINT.search(line, 4) and dumps.takes(line):
             dumps.line(line)
             return
-        if not patterns.HINT.search(line):
+        if not traced and not patterns.HINT.search(line):
             self._other += not patterns.REGISTERS.match(line) and not line.isspace() and line != b""
             return
         at = 0

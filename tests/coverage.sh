@@ -19,8 +19,9 @@ failed=0
 TRACEDBG_MODEL_SEEDS=${TRACEDBG_MODEL_SEEDS:-1000} "$python" -m pytest -q -p no:cacheprovider tests/test_replay.py tests/test_model.py \
 	tests/test_model_answers.py tests/test_model_rules.py tests/test_model_rules_masks.py tests/test_model_rules_fred.py \
 	tests/test_cases.py tests/test_bochs.py tests/test_truth.py tests/test_storm.py tests/test_search.py \
-	tests/test_timeline.py tests/test_history.py tests/test_follow.py \
-	tests/test_merge.py tests/test_xentrace_model.py || failed=$?
+	tests/test_timeline.py tests/test_history.py tests/test_follow.py tests/test_lives.py \
+	tests/test_merge.py tests/test_xentrace_model.py tests/test_qemu_scan.py tests/test_qemu_times.py \
+	tests/test_tracedat_*.py tests/test_pt_*.py || failed=$?
 "$python" -m gcovr --root "$work" --filter 'csrc/' --txt-metric branch --print-summary "$work/build" | sed '/^-*$/d'
 "$python" -m gcovr --root "$work" --filter 'csrc/' --fail-under-line 95 "$work/build"
 exit "$failed"

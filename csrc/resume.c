@@ -238,6 +238,21 @@ static bool turns_loop(const struct cpu *c, const struct tdb_event *e)
 	       e->value == c->loop_sp;
 }
 
+/* A return at an unknown address can have popped any of the CPU's own frames that its words do not contradict. */
+static void resume_anywhere(struct machine *m, const struct tdb_event *e)
+{
+	struct slot slot[5];
+
+	for (uint32_t id = m->watch[e->cpu].head, next; id != NONE; id = next) {
+		struct node *n = frame_at(m, id);
+
+		next = n->watch.next;
+		make_slots(&n->f, e, slot);
+		if (!differing(slot))
+			frame_close(m, n, TDB_SETTLE_RETURN);
+	}
+}
+
 /* A return where no open frame is: the frame, closed now, that it stands for, or NULL. */
 static struct node *resume_elsewhere(struct machine *m, struct cpu *c, const struct tdb_event *e, uint32_t index)
 {
@@ -250,6 +265,10 @@ static struct node *resume_elsewhere(struct machine *m, struct cpu *c, const str
 		frame_close(m, n, TDB_SETTLE_COPY);
 		remember_consumed(c, n->f.entry);
 		return n;
+	}
+	if (!(e->known & TDB_K_RSP)) {
+		resume_anywhere(m, e);
+		return NULL;
 	}
 	n = iret ? find_shifted(m, e) : NULL;
 	if (n) {

@@ -61,6 +61,8 @@ class Resume(Deliver):
                 if frame.status == FrameStatus.CLOBBERED:
                     self.settle(frame, Rule.FRAME_RELOCATED, Evidence.RECORDED, event.index, Settle.COPY)
                 self.close_consumed(cpu, frame, Settle.COPY)
+            elif event.rsp is None:
+                self.anywhere(event, popped)
             else:
                 frame = self.shifted(cpu, event)
                 if frame is not None:
@@ -184,8 +186,14 @@ class Resume(Deliver):
                 return frame
         return None
 
+    def anywhere(self, event: ModelEvent, popped: Context) -> None:
+        """b. R is unknown: every frame of the CPU's own that the popped words do not contradict can have been popped."""
+        for frame in [f for f in self.frames if f.cpu == event.cpu and f.own]:
+            if not any(differs(slot, getattr(frame.saved, slot), getattr(popped, slot)) for slot in SLOT_BITS):
+                self.close(frame, Settle.RETURN)
+
     def shifted(self, cpu: ModelCpu, event: ModelEvent) -> ModelFrame | None:
-        """b. The frame that an IRET with the wrong idea of an error code popped."""
+        """c. The frame that an IRET with the wrong idea of an error code popped."""
         if event.arg in (Return.ERETU, Return.ERETS) or event.rsp is None:
             return None
         faulted = bool(event.flags & Flag.FAULTED)
@@ -214,7 +222,7 @@ class Resume(Deliver):
         return None
 
     def unmatched(self, cpu: ModelCpu, event: ModelEvent, popped: Context) -> None:
-        """d. A return pops what a delivery stored, but that frame was consumed already."""
+        """e. A return pops what a delivery stored, but that frame was consumed already."""
         if not self.returns_recorded or event.rsp is None or popped.rip is None or popped.rsp is None:
             return
         at = event.rsp + (8 if event.arg in (Return.ERETU, Return.ERETS) else 0)

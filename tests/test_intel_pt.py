@@ -298,3 +298,63 @@ def test_lines_of_events(tmp_path: Path, run_cli: Run) -> None:
     text = (tmp_path / "x.case").read_text()
     assert "flags arg 1 rip 0x1000\nshutdown index" in text
     assert "The CPU shut down: the reason is not recorded." in run_cli("replay", "x.tdbg", code=1).stdout
+
+
+# -- what can be concluded ----------------------------------------------------------------------------------------------
+
+KERNEL = 0xFFFF_82D0_4020_0000
+LAYOUT = """
+[[cpu]]
+tr = "0x1000"
+idt = "0x2000"
+[[tss]]
+base = "0x1000"
+ist1 = "0xffff8300bffd2000"
+ist2 = "0xffff8300bffd3000"
+[[idt]]
+base = "0x2000"
+gate.2 = { handler = "0xffff82d040201e00", ist = 2 }
+gate.18 = { handler = "0xffff82d040201f00", ist = 1 }
+"""
+
+
+def delivered(vector: int, at: int, handler: int) -> bytes:
+    return cfe(1, vector) + fup(KERNEL + at) + tip(KERNEL + handler)
+
+
+def returned(at: int, to: int) -> bytes:
+    return cfe(2, ip=True) + fup(KERNEL + at) + tip(KERNEL + to)
+
+
+NMI_1, MC, NMI_2 = delivered(2, 0xC6, 0x1E00), delivered(18, 0x1E02, 0x1F00), delivered(2, 0x1E02, 0x1E00)
+
+
+def test_nothing_is_made_of_nmis_one_after_the_other(tmp_path: Path, run_cli: Run) -> None:
+    (tmp_path / "l.toml").write_text(LAYOUT)
+    for n, data in enumerate((
+        psbp(KERNEL) + b"".join(delivered(2, n, 0x1E00) + returned(0x1E90, n) for n in range(9)),
+        psbp() + b"".join(cfe(1, 2, ip=True) + fup(KERNEL + n) + cfe(2, ip=True) + fup(KERNEL) for n in range(9)),
+    )):  # fmt: skip
+        (tmp_path / f"{n}.bin").write_bytes(data)
+        done = run_cli("replay", "--layout", "l.toml", f"{n}.bin", code=3)
+        assert "verdict: unknown: the trace has returns without RSP" in done.stdout and "warning" not in done.stdout
+
+
+def test_an_nmi_in_an_nmi_is_inferred_from_the_targets(tmp_path: Path, run_cli: Run) -> None:
+    # The IRET of the #MC went into the NMI handler: the frame of the first NMI was still there when the second one came.
+    (tmp_path / "l.toml").write_text(LAYOUT)
+    data = psbp(KERNEL) + NMI_1 + MC + returned(0x1F50, 0x1E02) + NMI_2 + returned(0x1E90, 0x1E02) + returned(0x1E90, 0x1E02)
+    (tmp_path / "x.bin").write_bytes(data)
+    done = run_cli("replay", "--layout", "l.toml", "x.bin", code=3)
+    assert done.stdout.count("frame-clobbered") == 1 and "overwrote the frame of the" in done.stdout
+    assert "does not say which frame a return popped" in done.stdout and "model-mismatch" not in done.stdout
+    # It went elsewhere: that can have been the first NMI's.
+    data = psbp(KERNEL) + NMI_1 + MC + returned(0x1F50, 0xC6) + NMI_2
+    (tmp_path / "x.bin").write_bytes(data)
+    assert "frame-clobbered" not in run_cli("replay", "--layout", "l.toml", "x.bin", code=3).stdout
+
+
+def test_a_handler_that_is_not_the_gates(tmp_path: Path, run_cli: Run) -> None:
+    (tmp_path / "l.toml").write_text(LAYOUT)
+    (tmp_path / "x.bin").write_bytes(psbp(KERNEL) + delivered(2, 0xC6, 0x6666))
+    assert "model-mismatch" in run_cli("replay", "--layout", "l.toml", "x.bin").stdout

@@ -42,6 +42,8 @@ class ParagraphWords(PreventWords):
             return f"{word}: the trace has the {self.return_name(finding.consumer)} and the words that it popped"
         if rule is Rule.FRAME_CLOBBERED or (rule is Rule.FRAME_SAME_BYTES):
             if evidence is Evidence.INFERRED:
+                if self.trace.meta.get("returns") == "unplaced":
+                    return f"{word}: the trace does not say which frame a return popped, nor whether this one was still in use"
                 return f"{word}: the trace has no returns, and nothing else shows whether the frame was still in use"
             if evidence is Evidence.COMPUTED:
                 fred = finding.writer is not None and finding.writer.fred

@@ -73,6 +73,7 @@ def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -
         "counts": counts,
         "fidelity": fidelity(Clock(), counts, options.cpu_hz),
         "layout": {"origin": "file"} if options.layout is not None else {},
+        "returns": "unplaced",  # no RSP: see help/replay.md, Return
     }
     meta["fidelity"]["cpu"] = "the data do not say which: the first file is CPU 0, the next CPU 1, and so on"
     if damage := [

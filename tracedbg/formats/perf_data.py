@@ -68,6 +68,7 @@ def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -
         "counts": counts,
         "fidelity": {**fidelity(reader.info.clock, counts, writer.clock_hz), **reader.told()},
         "layout": {"origin": "file"} if options.layout is not None else {},
+        "returns": "unplaced",  # no RSP: see help/replay.md, Return
     }
     if damage := reader.damage():
         meta["damage"] = damage

@@ -31,11 +31,11 @@ _DAMAGE = {
 
 _FIDELITY = {
     "rsp": "Intel PT has no RSP, CS, SS or RFLAGS, nor any stack; of RFLAGS only that IF changed",
-    "source": "a delivery can be a device interrupt, an NMI, an exception or an INT n, only a #PF (it has CR2) and what FRED"
-    " tells as INT n or SYSCALL are told apart; so is an NMI from any other vector 2 only where it ends a guest's run",
+    "source": "unknown: a device interrupt, an NMI, an exception or an INT n of one vector look the same; known is only that of a"
+    " #PF (it has CR2), of an INT n or SYSCALL under FRED, and of an NMI that ends a guest's run",
     "code": "error codes are not traced",
-    "returns": "an IRET, ERETU or ERETS, as far as the filters of the trace let it through; addr, where it is known, is the"
-    " target of its branch; what it popped beside RIP is not traced",
+    "returns": "IRET, ERETU and ERETS look the same; without RSP it is not known which frame one popped; addr is the target of"
+    " its branch, where branches are traced",
     "stores": "stores are not traced",
     "filters": "what runs outside of the filters of the trace (CPL, CR3, addresses) leaves nothing; such pauses are no gaps",
     "source_index": "offset of the event's CFE packet in the AUX data",

@@ -119,6 +119,8 @@ def unknown_reasons(trace: Trace, layout: Layout, stats: Stats, lost: int = 0) -
         reasons.append(f"{lacks}: {_deliveries(stats.unjudged)} cannot be placed on a stack")
     if stats.gaps:
         reasons.append(f"records are missing ({stats.gaps:,} gap{'' if stats.gaps == 1 else 's'})")
+    if stats.judged and stats.returns and trace.meta.get("returns") == "unplaced":
+        reasons.append("the trace has returns without RSP: which frames they popped is not known")
     if lost:
         reasons.append(f"{lost:,} finding{' is' if lost == 1 else 's are'} more than the replay keeps")
     return tuple(reasons)

@@ -462,6 +462,13 @@ def test_convert_lists_the_formats(run_cli: Cli) -> None:
         assert ("no input format" in done.stderr) == (reads == "-")
 
 
+def test_every_format_has_a_row_in_the_help(run_cli: Cli) -> None:
+    page = run_cli("help", "formats", code=0).stdout
+    rows = "".join(line for line in page.splitlines() if line.startswith("|"))
+    names = [line.split()[0] for line in run_cli("convert", "--list", code=0).stdout.split("\n\n")[0].splitlines()[1:]]
+    assert len(names) > 10 and [name for name in names if f"`{name}`" not in rows] == []
+
+
 def test_convert_takes_only_the_symbols_that_it_needs(run_cli: Cli, race_file: Path, tmp_path: Path) -> None:
     (tmp_path / "xen.map").write_text(
         "ffff82d040201e00 T nmi\nffff82d040201f00 T machine_check\nffff82d040202000 T unused\n"

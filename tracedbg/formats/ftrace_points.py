@@ -15,9 +15,9 @@ from tracedbg import x86
 from tracedbg.formats.ftrace_events import K_ARG, K_CODE, K_RIP, K_SOURCE, K_VALUE, Events, Host, pairs
 from tracedbg.formats.ftrace_guests import Guests
 from tracedbg.formats.ftrace_lines import Record
+from tracedbg.formats.tracepoints import IN_NMI, mce_text, nmi_text
 from tracedbg.state import EventFlag, Kind, Source
 
-IN_NMI = "in NMI context: of an NMI, #MC, #DB, INT3 of the kernel, or #DF"
 MAX_HANDLERS = 8  # of one device interrupt
 MAX_NAMES = 1024  # tracepoints that are told by their names
 
@@ -143,35 +143,20 @@ class Points:
         if record.flags is not None and record.flags[2] not in "zZ":
             self.nmi_hidden = True
         match = _NMI.match(record.rest)
-        if match is None:
-            self._events.mark(host, "NMI: a handler ran")
-            return
-        handled = int(match[2])
-        self._events.mark(host, f"NMI: its handler {match[1]} ran" + (f", handled {handled}" if handled else ", not its NMI"))
+        self._events.mark(host, nmi_text(None, None) if match is None else nmi_text(match[1], int(match[2])))
 
     def _mce(self, host: Host, record: Record) -> None:
         """From a worker, some time later."""
         match = _MCE.match(record.rest)
         if match is not None:
             numbers = [int(part, 10 if n in (0, 2) else 16) for n, part in enumerate(match.groups())]
-            cpu, status, bank, bank_status, cs, ip, tsc = numbers
+            given = dict(zip(("cpu", "mcgstatus", "bank", "status", "cs", "ip", "tsc"), numbers, strict=True))
         else:
             given = pairs(record.rest)
             if "mcgstatus" not in given or "status" not in given:
-                self._events.mark(host, "a machine check, recorded later")
+                given = {}
                 self._events.odd()
-                return
-            status, bank_status = given["mcgstatus"], given["status"]
-            cpu, bank, cs, ip, tsc = (given.get(name, 0) for name in ("cpu", "bank", "cs", "ip", "tsc"))
-        words = ["#MC" if status & x86.MCIP else "machine check without #MC (polled or CMCI)"]
-        words[0] += ", recorded later"
-        words.append(f"CPU {cpu}")
-        if ip:
-            words.append(f"RIP {cs:#x}:{ip:#x}")
-        words += [f"MCG_STATUS {status:#x}", f"status {bank_status:#x}", f"bank {bank}"]
-        if tsc:
-            words.append(f"TSC {tsc}")
-        self._events.mark(host, ", ".join(words))
+        self._events.mark(host, mce_text(given.get))
 
     def _irq_entry(self, host: Host, record: Record) -> None:
         """A device interrupt runs each of its handlers once; one record a handler. The vector is not printed."""

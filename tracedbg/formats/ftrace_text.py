@@ -16,6 +16,7 @@ from tracedbg.formats.ftrace_lines import Cpus, Lines, Lost, Record, Unit
 from tracedbg.formats.ftrace_points import Points
 from tracedbg.formats.ftrace_rows import Rows
 from tracedbg.formats.source import Input
+from tracedbg.formats.tracepoints import CONTEXT, FIDELITY, KVM
 from tracedbg.layout import Layout
 from tracedbg.state import Kind
 from tracedbg.writer import TraceWriter
@@ -27,24 +28,6 @@ FORMAT = "ftrace-text"
 MAX_LINE = 1 << 20  # bytes
 SNIFFED = 200  # lines
 
-_FIDELITY = {
-    "rsp": "no tracepoint has RSP, CS, SS or RFLAGS",
-    "returns": "IRETs are not traced: a tracepoint *_exit comes before it, with exit work and perhaps another task in between",
-    "stores": "stores are not traced",
-    "deliveries": "only those with a tracepoint in their handler: IPIs and LAPIC interrupts (irq_vectors), device interrupts"
-    " (irq, one for each round of an IRQ's handlers; the vector is not in it), page faults; the time is that of the tracepoint",
-    "nmi": "nmi_handler comes after a handler ran, once for each registered one, and not for the vector: a mark, no delivery;"
-    " how NMIs nest is not traced",
-    "mc": "mce_record comes later, from a worker: a mark that says where and when",
-}
-_KVM = {
-    "cpu": "CPUs of the host have their own numbers; a guest's CPU is a CPU of its own behind them, one a thread of KVM (vcpus)",
-    "vmexit": "addr is the guest's RIP; the reason is the vendor's number",
-    "guest": "what KVM injects and the CPU then delivers, at the VM entry, failed where the next VM exit says that it was not;"
-    " CR2, the length of an INT and everything that the guest does itself are not traced, nor interrupts that are posted or"
-    " virtual, nor whether it goes to a nested guest",
-}
-_CONTEXT = "the flag NMI of a record is also set in #MC, #DB, INT3 of the kernel and #DF: a mark before the delivery says so"
 _NO_CONTEXT = "the text does not tell which records were in NMI context"
 _NO_INJECTION = (
     "what KVM injects is not printed for kvm_entry: only requests are known. Linux 6.14 and later have it; trace-cmd's plugin"
@@ -164,15 +147,15 @@ class _Reader:
     def _meta(self, hosts: int) -> dict[str, Any]:
         points, source = self.points, self.source
         counts = {"records": self.records, "other_lines": self.others, **self.events.counts}
-        told = dict(_FIDELITY)
+        told = dict(FIDELITY)
         told["time"] = _UNITS[self.unit or Unit.TICKS]
         if self.unit is Unit.TICKS and not self.options.cpu_hz:
             told["time"] += "; if it is the TSC, give its frequency (--cpu-hz)"
-        told["context"] = _CONTEXT if points.flags_seen and not points.nmi_hidden else _NO_CONTEXT
+        told["context"] = CONTEXT if points.flags_seen and not points.nmi_hidden else _NO_CONTEXT
         if self.events.counts["faults_at_a_symbol"]:
             told["rip"] = "the kernel's addresses are printed as symbols without an offset: RIP is not known there"
         if any(name.rpartition(":")[2].startswith("kvm_") for name in points.seen):
-            told.update(_KVM)
+            told.update(KVM)
             if not self.guests.injects:
                 told["guest"] = _NO_INJECTION
         meta: dict[str, Any] = {

@@ -20,6 +20,7 @@ from tracedbg.formats.tracedat_events import Table, by_count, table
 from tracedbg.formats.tracedat_file import Store
 from tracedbg.formats.tracedat_pages import Pages, streams
 from tracedbg.formats.tracedat_text import Format, PageFormat
+from tracedbg.formats.tracepoints import CONTEXT, FIDELITY, KVM
 from tracedbg.layout import Layout
 from tracedbg.writer import TraceWriter
 
@@ -33,26 +34,6 @@ _MAX_DAMAGES = 20  # told one by one
 _NANOSECONDS = frozenset({"local", "global", "mono", "mono_raw", "boot", "tai", "perf", "tsc2nsec"})
 _JIFFIES = ("uptime", 100)  # trace_clock_jiffies() counts in USER_HZ
 _TSC = "x86-tsc"
-
-_FIDELITY = {
-    "rsp": "no tracepoint has RSP, CS, SS or RFLAGS",
-    "returns": "IRETs are not traced: a tracepoint *_exit comes before it, with exit work and perhaps another task in between",
-    "stores": "stores are not traced",
-    "deliveries": "only those with a tracepoint in their handler: IPIs and LAPIC interrupts (irq_vectors), device interrupts"
-    " (irq, one for each round of an IRQ's handlers; the vector is not in it), page faults; the time is that of the tracepoint",
-    "nmi": "nmi_handler comes after a handler ran, once for each registered one, and not for the vector: a mark, no delivery;"
-    " how NMIs nest is not traced",
-    "mc": "mce_record comes later, from a worker: a mark that says where and when",
-    "context": "the flag NMI of a record is also set in #MC, #DB, INT3 of the kernel and #DF: a mark before the delivery says so",
-}
-_KVM = {
-    "cpu": "CPUs of the host have their own numbers; a guest's CPU is a CPU of its own behind them, one a thread of KVM (vcpus)",
-    "vmexit": "addr is the guest's RIP; the reason is the vendor's number",
-    "guest": "what KVM injects and the CPU then delivers, at the VM entry, failed where the next VM exit says that it was not;"
-    " CR2, the length of an INT and everything that the guest does itself are not traced, nor interrupts that are posted or"
-    " virtual, nor whether it goes to a nested guest",
-}
-
 
 def sniff(head: bytes) -> bool:
     """Whether an input begins like a trace.dat."""
@@ -169,14 +150,14 @@ class _Reader:
         return meta
 
     def _fidelity(self, made: Table, hz: int) -> dict[str, str]:
-        told, clock = dict(_FIDELITY), self._clock()
+        told, clock = {**FIDELITY, "context": CONTEXT}, self._clock()
         told["time"] = f"clock {clock}, as recorded"
         if not hz:
             told["time"] += "; the file does not say its frequency" + (" (--cpu-hz)" if clock == _TSC else "")
         if self.found.shifted:
             told["time"] += f"; not moved by the file's {' and '.join(sorted(set(self.found.shifted)))}"
         if made.kvm:
-            told.update(_KVM)
+            told.update(KVM)
             if not made.kvm_injects:
                 told["guest"] = "what KVM injects is not in kvm_entry (Linux 6.14 and later have it): only requests are traced"
         if made.kprobes and self.options.keep_marks:

@@ -8,9 +8,10 @@ from typing import Any
 from tracedbg import wire
 from tracedbg._decode import ffi, lib
 from tracedbg.errors import FormatError
-from tracedbg.formats.tracedat_events import IN_NMI, MCE_RECORD, Point, Table, mark, mce_text, number_in
+from tracedbg.formats.tracedat_events import MCE_RECORD, Point, Table, mark, number_in
 from tracedbg.formats.tracedat_pages import Pages
 from tracedbg.formats.tracedat_text import Field, PageFormat
+from tracedbg.formats.tracepoints import IN_NMI, mce_text, nmi_text
 from tracedbg.symbols import Symbols
 from tracedbg.writer import TraceWriter
 
@@ -161,7 +162,11 @@ class Decoder:
         state = self._state
         data = bytes(ffi.buffer(state.record, state.record_size))
         is_mce = (point.form.system, point.form.name) == MCE_RECORD
-        text = mce_text(point.form, data) if is_mce else self._nmi_text(point, data)
+
+        def number(name: str) -> int | None:
+            return number_in(point.form, name, data)
+
+        text = mce_text(number) if is_mce else self._nmi_text(number)
         if text not in self._texts:
             if len(self._texts) >= MAX_TEXTS:
                 text = point.form.full_name
@@ -169,13 +174,10 @@ class Decoder:
         fields = wire.EVENT_PACK.unpack(self._texts[text])
         lib.ftr_answer(state, fields[4], fields[6])
 
-    def _nmi_text(self, point: Point, data: bytes) -> str:
-        address, handled = number_in(point.form, "handler", data), number_in(point.form, "handled", data)
-        if address is None:
-            return "NMI: a handler ran"
-        name = self._names().name(address) or f"{address:#x}"
-        said = "" if handled is None else ", not its NMI" if not handled else f", handled {handled}"
-        return f"NMI: its handler {name} ran{said}"
+    def _nmi_text(self, number: Callable[[str], int | None]) -> str:
+        address = number("handler")
+        handler = None if address is None else self._names().name(address) or f"{address:#x}"
+        return nmi_text(handler, number("handled"))
 
 
 def _set(to: Any, one: Field | None, where: int) -> None:

@@ -15,8 +15,6 @@ from tracedbg.formats.tracedat_text import Field, Format
 from tracedbg.state import EventFlag, Kind, Known, Source
 from tracedbg.writer import TraceWriter
 
-IN_NMI = "in NMI context: of an NMI, #MC, #DB, INT3 of the kernel, or #DF"
-
 NMI_HANDLER = ("nmi", "nmi_handler")
 MCE_RECORD = ("mce", "mce_record")
 
@@ -134,23 +132,6 @@ def number_in(form: Format, name: str, data: bytes) -> int | None:
     if one is None or not one.is_number or one.at + one.size > len(data):
         return None
     return int.from_bytes(data[one.at : one.at + one.size], "little")
-
-
-def mce_text(form: Format, data: bytes) -> str:
-    """What a record of a machine check says."""
-
-    def get(name: str) -> int | None:
-        return number_in(form, name, data)
-
-    status = get("mcgstatus")
-    kind = "a machine check" if status is None else "#MC" if status & x86.MCIP else "machine check without #MC (polled or CMCI)"
-    words = [f"{kind}, recorded later"]
-    words += [f"CPU {cpu}" for cpu in (get("cpu"),) if cpu is not None]
-    words += [f"RIP {cs:#x}:{ip:#x}" for cs, ip in ((get("cs"), get("ip")),) if cs is not None and ip]
-    words += [f"{name} {value:#x}" for name, value in (("MCG_STATUS", status), ("status", get("status"))) if value is not None]
-    words += [f"bank {bank}" for bank in (get("bank"),) if bank is not None]
-    words += [f"TSC {tsc}" for tsc in (get("tsc"),) if tsc]
-    return ", ".join(words)
 
 
 def by_count(points: Sequence[Point], counts: Sequence[int]) -> dict[str, int]:

@@ -332,7 +332,7 @@ def test_a_full_disk_is_one_line(race_file: Path, root: Path) -> None:
 def test_ctrl_c_exits_130(root: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "tracedbg", "replay", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(root)}, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)}, cwd=tmp_path, preexec_fn=heed_signals,
     )  # fmt: skip
     time.sleep(1.0)  # it waits for the rest of its input
     process.send_signal(signal.SIGINT)
@@ -550,12 +550,18 @@ def test_long_names_of_outputs(run_cli: Cli, race_file: Path, tmp_path: Path, na
 # -- what goes wrong around the program -----------------------------------------------------------------------------------
 
 
+def heed_signals() -> None:
+    """In a child: what started the tests may have ignored them (nohup, a shell's background)."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def run_script(root: Path, folder: Path, script: str, *words: object, **env: str) -> subprocess.CompletedProcess[str]:
     """`main(words)` in a process of its own, after something was changed."""
     text = f"import os, signal, sys, time\n{script}\nfrom tracedbg.cli import main\nsys.exit(main(sys.argv[1:]))\n"
     return subprocess.run(
         [sys.executable, "-c", text, *map(str, words)], capture_output=True, text=True, check=False, timeout=60, cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(root), **env},
+        env={**os.environ, "PYTHONPATH": str(root), **env}, preexec_fn=heed_signals,
     )  # fmt: skip
 
 

@@ -201,7 +201,7 @@ def test_the_scanner_reads_what_is_ordinary(
 
 @pytest.mark.parametrize("size", [511, 4096, 8192, 10007])
 def test_chunks_of_any_size_give_the_same_trace(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "".join(event(n, (0x20, 2, 14, 3)[n % 4], 0x1000 + n, 0x9000, 0x5000, i=n % 4 == 3) for n in range(60))
+    text = "".join(event(n, (0x20, 2, 14, 3)[n % 4], 0x1000 + n, 0x9000, 0x5000, i=int(n % 4 == 3)) for n in range(60))
     taken, want = read_by(False, text.encode(), 1 << 20, tmp_path, monkeypatch)
     assert taken == 0
     taken, got = read_by(True, text.encode(), size, tmp_path, monkeypatch)

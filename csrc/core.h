@@ -192,6 +192,7 @@ struct cpu {
 	struct nmi smm_nmi;              /* kept aside while in SMM */
 	uint32_t consumed[CONSUMED_KEPT];
 	uint32_t consumed_at;
+	uint32_t depth;                  /* deliveries that no return has come for */
 	struct folds fold;
 };
 

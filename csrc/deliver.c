@@ -251,6 +251,7 @@ int deliver_apply(struct machine *m, const struct tdb_event *e, uint32_t index)
 		.data = e->value, .data_known = e->known & TDB_K_VALUE,
 	};
 	struct placement p;
+	int status = TDB_OK;
 	bool placed;
 
 	if (e->flags & (TDB_F_LEGACY | TDB_F_SMM) || c->s.smm) {
@@ -277,10 +278,13 @@ int deliver_apply(struct machine *m, const struct tdb_event *e, uint32_t index)
 	contradict(m, c, &rq, placed ? &p : NULL);
 	c->failed[0] = c->failed[1] = NONE;
 	c->token_reported = 0;
-	if (placed)
-		return apply_placed(m, c, &rq, &p);
-	m->stats.unjudged++;
-	cpu_forget_registers(c);
-	begin_masking(c, &rq);
-	return TDB_OK;
+	if (placed) {
+		status = apply_placed(m, c, &rq, &p);
+	} else {
+		m->stats.unjudged++;
+		cpu_forget_registers(c);
+		begin_masking(c, &rq);
+	}
+	c->depth++;
+	return status;
 }

@@ -30,6 +30,7 @@ static void cpu_reset(struct cpu *c)
 	c->msr_known = 0;
 	memset(c->consumed, 0xff, sizeof(c->consumed));
 	c->consumed_at = 0;
+	c->depth = 0;
 }
 
 static int load_tables(struct machine *m, const struct tdb_layout *l)

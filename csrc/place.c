@@ -122,6 +122,8 @@ static void frame_start(const struct machine *m, const struct request *rq, uint6
 	f->ist = f->fred = f->level = f->from_level = f->hazards = 0;
 	f->gs = c->known & TDB_CK_GS ? c->gs : 2;
 	memset(f->reserved, 0, sizeof(f->reserved));
+	f->depth = m->cpu[rq->cpu].depth;
+	f->reserved2 = 0;
 	f->ring_gap = c->ring_gap != NONE && in_ring_gap(&m->cpu[rq->cpu], &rq->at) ? c->ring_gap : NONE;
 	p->key = stack_key(m->in, top);
 	stack_bounds(m->in, p->key, &f->stack_lo, &f->stack_hi);

@@ -3,7 +3,7 @@
 
 #include "core.h"
 
-#define ABI 7
+#define ABI 8
 
 int tdb_abi(void)
 {

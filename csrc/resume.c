@@ -238,18 +238,24 @@ static bool turns_loop(const struct cpu *c, const struct tdb_event *e)
 	       e->value == c->loop_sp;
 }
 
-/* A return at an unknown address can have popped any of the CPU's own frames that its words do not contradict. */
-static void resume_anywhere(struct machine *m, const struct tdb_event *e)
+/*
+ * Where it popped from is not known.  If deliveries and returns nest, what was entered as deep as it came from is done, unless the
+ * words that it popped say that it was not that.
+ */
+static void close_nested(struct machine *m, const struct cpu *c, const struct tdb_event *e)
 {
 	struct slot slot[5];
+	uint32_t next;
 
-	for (uint32_t id = m->watch[e->cpu].head, next; id != NONE; id = next) {
+	for (uint32_t id = m->watch[e->cpu].head; id != NONE; id = next) {
 		struct node *n = frame_at(m, id);
 
 		next = n->watch.next;
+		if (n->f.depth < c->depth)
+			continue;
 		make_slots(&n->f, e, slot);
 		if (!differing(slot))
-			frame_close(m, n, TDB_SETTLE_RETURN);
+			frame_close(m, n, TDB_SETTLE_NESTING);
 	}
 }
 
@@ -267,7 +273,7 @@ static struct node *resume_elsewhere(struct machine *m, struct cpu *c, const str
 		return n;
 	}
 	if (!(e->known & TDB_K_RSP)) {
-		resume_anywhere(m, e);
+		close_nested(m, c, e);
 		return NULL;
 	}
 	n = iret ? find_shifted(m, e) : NULL;
@@ -390,6 +396,7 @@ int resume_apply(struct machine *m, const struct tdb_event *e, uint32_t index)
 			resume_faulted(m, c, e, index);
 		return TDB_OK;
 	}
+	c->depth -= c->depth > 0;
 	n = find_frame(m, e, kind);
 	if (n && unlikely(c->loop_finding != NONE) && n->f.entry < c->loop_victim && turns_loop(c, e)) {
 		finding_count_again(m, c->loop_finding);   /* an older frame at this address has nothing to do with it */

@@ -238,7 +238,8 @@ enum tdb_settle {      /* why a frame stopped being open */
 	TDB_SETTLE_OVERWRITTEN = 7,/* an open frame was overwritten (clobber) */
 	TDB_SETTLE_DROPPED = 8,    /* forgotten because of a limit, a gap or a reset */
 	TDB_SETTLE_NMI = 9,        /* the NMI that blocked NMIs, and a genuine NMI came: its IRET had unblocked them */
-	TDB_SETTLE_COUNT = 10
+	TDB_SETTLE_NESTING = 10,   /* as many returns came as deliveries since: one of them was its own, if they nest */
+	TDB_SETTLE_COUNT = 11
 };
 
 struct tdb_context {
@@ -264,6 +265,8 @@ struct tdb_frame {
 	uint8_t reserved[3];
 	uint32_t ring_gap;         /* the SYSCALL or SYSRET in whose gap it came, UINT32_MAX none */
 	uint32_t overwritten_by;   /* first delivery that stored over it, UINT32_MAX none */
+	uint32_t depth;            /* deliveries of its CPU before it that no return had come for */
+	uint32_t reserved2;
 };
 
 enum tdb_hazard { TDB_HAZARD_NMI = 0, TDB_HAZARD_MC = 1, TDB_HAZARD_MASKABLE = 2, TDB_HAZARD_NEIGHBOUR = 3 };
@@ -364,7 +367,7 @@ struct tdb_finding {
 struct tdb_stats {
 	uint64_t events, deliveries, judged, unjudged, legacy, failed, returns, writes, gaps;
 	uint64_t findings;                     /* raised, kept or not */
-	uint64_t settled[10];                  /* frames of IST gates and raised FRED levels by enum tdb_settle */
+	uint64_t settled[11];                  /* frames of IST gates and raised FRED levels by enum tdb_settle */
 	uint64_t ist_deliveries[8];            /* deliveries by IST number; [0] without */
 	uint64_t open_at_end;                  /* clobbered frames whose fate is open */
 	uint64_t pages_forgotten, bad_events;

@@ -39,6 +39,7 @@ class Deliver(Place):
             self.deliver_failed(cpu, event)
         else:
             self.deliver_whole(cpu, event)
+            cpu.depth += 1
 
     def deliver_failed(self, cpu: ModelCpu, event: ModelEvent) -> None:
         self.stats.failed += 1
@@ -92,6 +93,7 @@ class Deliver(Place):
                     self.close(other, Settle.CPL3)
         # 7. Store, open
         self.store_frame(frame)
+        frame.depth = cpu.depth
         self.open(frame)
         gap, cpu.ring_gap = cpu.ring_gap, None
         if gap is not None and gap.rsp is not None and gap.rsp == event.rsp:

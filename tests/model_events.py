@@ -296,6 +296,7 @@ class Events(Resume):
         cpu.nmi, cpu.nmi_pending, cpu.nmi_stuck = Nmi(), False, False
         cpu.failed = cpu.failed_before = cpu.loop = None
         cpu.consumed.clear()
+        cpu.depth = 0
         cpu.tokens_raised.clear()
         cpu.smm = cpu.guest = False
         cpu.shadow = cpu.ring_gap = None

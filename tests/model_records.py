@@ -109,6 +109,7 @@ class ModelFrame:
     looked_at: set[Cause] = field(default_factory=set)  # kinds of windows
     neighbour: bool = False  # a write over it was reported
     ring_gap: int | None = None  # the SYSCALL or SYSRET in whose gap it came
+    depth: int = 0  # of its CPU, before its delivery
 
     @property
     def rip_addr(self) -> int:
@@ -293,6 +294,7 @@ class ModelCpu:
     loop: tuple[int, int, int] | None = None  # R, RIP, RSP
     loop_victim: int = 0  # entry
     loop_finding: int = 0
+    depth: int = 0  # deliveries that no return has come for
     consumed: deque[int] = field(default_factory=lambda: deque(maxlen=CONSUMED_KEPT))  # entries, by returns
     overflow: tuple[ModelStack, int] | None = None  # the last one's stack, finding
     folds: dict[tuple[object, ...], int] = field(default_factory=dict)  # what is one finding -> its number

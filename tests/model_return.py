@@ -47,6 +47,7 @@ class Resume(Deliver):
     def ret_whole(self, cpu: ModelCpu, event: ModelEvent) -> None:
         assert event.cpu is not None
         popped = self.popped(event)
+        cpu.depth = max(cpu.depth - 1, 0)
         # 1., 2.
         frame = self.frame_at(event)
         looping = cpu.loop is not None and (event.rsp, event.addr, event.value) == cpu.loop
@@ -62,7 +63,7 @@ class Resume(Deliver):
                     self.settle(frame, Rule.FRAME_RELOCATED, Evidence.RECORDED, event.index, Settle.COPY)
                 self.close_consumed(cpu, frame, Settle.COPY)
             elif event.rsp is None:
-                self.anywhere(event, popped)
+                self.nested(cpu, event, popped)
             else:
                 frame = self.shifted(cpu, event)
                 if frame is not None:
@@ -186,11 +187,11 @@ class Resume(Deliver):
                 return frame
         return None
 
-    def anywhere(self, event: ModelEvent, popped: Context) -> None:
-        """b. R is unknown: every frame of the CPU's own that the popped words do not contradict can have been popped."""
-        for frame in [f for f in self.frames if f.cpu == event.cpu and f.own]:
+    def nested(self, cpu: ModelCpu, event: ModelEvent, popped: Context) -> None:
+        """b. R is unknown: deliveries and returns nest, as far as the popped words do not contradict it."""
+        for frame in [f for f in self.frames if f.cpu == event.cpu and f.own and f.depth >= cpu.depth]:
             if not any(differs(slot, getattr(frame.saved, slot), getattr(popped, slot)) for slot in SLOT_BITS):
-                self.close(frame, Settle.RETURN)
+                self.close(frame, Settle.NESTING)
 
     def shifted(self, cpu: ModelCpu, event: ModelEvent) -> ModelFrame | None:
         """c. The frame that an IRET with the wrong idea of an error code popped."""

@@ -97,6 +97,35 @@ def test_nmi_lost(side: str) -> None:
     assert end.cpu.nmi_pending
 
 
+# -- returns whose frame is not recorded ----------------------------------------------------------------------------------
+
+RETURN = other(Kind.RETURN)
+BARE_NMI, BARE_MC, BARE_PF = other(Kind.DELIVER, arg=2), other(Kind.DELIVER, arg=18), other(Kind.DELIVER, arg=0x41)
+
+
+@pytest.mark.parametrize(
+    ("events", "clobbers", "left"),
+    [
+        ([BARE_NMI, RETURN, BARE_NMI, RETURN], [], []),
+        ([BARE_NMI, BARE_PF, RETURN, RETURN, BARE_NMI], [], [4]),
+        ([BARE_NMI, BARE_MC, RETURN, BARE_NMI], [(0, 3)], [0, 3]),             # the return was that of the #MC
+        ([BARE_NMI, BARE_MC, RETURN, BARE_NMI, RETURN, RETURN], [(0, 3)], []),
+        ([BARE_NMI, BARE_PF, RETURN, BARE_NMI], [(0, 3)], [0, 3]),             # that of a delivery that was not placed
+        ([RETURN, RETURN, BARE_NMI, BARE_NMI], [(2, 3)], [2, 3]),              # those of before the trace began are nobody's
+        ([BARE_PF, BARE_PF, RETURN, BARE_NMI, RETURN, BARE_NMI], [], [5]),     # a handler that left without one
+        ([BARE_NMI, failed(BARE_MC), RETURN, BARE_NMI], [], [3]),              # a failed delivery has no handler
+        ([BARE_NMI, other(Kind.RETURN, flags=int(EventFlag.FAULTED)), BARE_NMI], [(0, 2)], [0, 2]),
+        ([BARE_PF, other(Kind.GAP), BARE_NMI, RETURN, BARE_NMI], [], [4]),
+    ],
+)  # fmt: skip
+def test_returns_nest_where_no_rsp_says_more(side: str, events: Events, clobbers: list[tuple[int, int]], left: list[int]) -> None:
+    end = play(side, events, UNRECORDED)
+    found = end.of(Rule.FRAME_CLOBBERED)
+    assert [(f.victim.entry, f.event) for f in found] == clobbers
+    assert all((f.rule, f.evidence, f.settled) == (Rule.FRAME_CLOBBERED, Evidence.INFERRED, None) for f in found)
+    assert [f.entry for f in end.frames if f.lo != 0x10BFD8] == left
+
+
 # -- SMM ----------------------------------------------------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ from tracedbg.trace import Trace
 
 T = TypeVar("T")
 
-ABI = 7
+ABI = 8
 CHUNK = 1 << 20  # events per call into the core when nobody asks for less
 
 if lib.tdb_abi() != ABI:  # pragma: no cover - a stale build

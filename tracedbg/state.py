@@ -172,6 +172,7 @@ class Settle(IntEnum):
     OVERWRITTEN = 7
     DROPPED = 8
     NMI = 9
+    NESTING = 10
 
 
 class Shadow(IntEnum):

@@ -22,6 +22,7 @@ SETTLE_WORDS = {
     Settle.OVERWRITTEN: "overwritten while open",
     Settle.DROPPED: "forgotten (gap, reset or limit)",
     Settle.NMI: "a genuine NMI came",
+    Settle.NESTING: "returned, if returns nest",
 }
 
 

@@ -436,11 +436,11 @@ static void apply_vmexit(struct machine *m, struct cpu *c, const struct tdb_even
 	cpu_come_home(m, c);
 	c->s.ring_gap = NONE;
 	c->s.guest = 0;
-	if (e->known & TDB_K_SOURCE && e->source == TDB_SRC_NMI)   /* R18 */
-		nmi_block(c, index);
-	if (e->known & TDB_K_ARG && e->arg == 1) {         /* R19 */
+	if (e->known & TDB_K_ARG && e->arg == 1) {         /* R19: an NMI that ended the guest's run waits for STGI */
 		c->s.gif = 0;
 		c->s.known |= TDB_CK_GIF;
+	} else if (e->known & TDB_K_SOURCE && e->source == TDB_SRC_NMI) {
+		nmi_block(c, index);                       /* R18 */
 	}
 }
 

@@ -278,10 +278,10 @@ class Events(Resume):
         cpu.rip, cpu.rsp, cpu.cs, cpu.ss, cpu.rflags = event.rip, event.rsp, event.cs, event.ss, event.rflags
         cpu.home = self.home_of(cpu.rsp)
         cpu.ring_gap, cpu.guest = None, False
-        if event.source == Source.NMI:
-            self.block(cpu, event)
         if event.arg == 1:
             cpu.gif = False
+        elif event.source == Source.NMI:
+            self.block(cpu, event)
 
     def vmentry(self, cpu: ModelCpu) -> None:
         cpu.registers_unknown()

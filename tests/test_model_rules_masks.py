@@ -97,6 +97,17 @@ def test_nmi_lost(side: str) -> None:
     assert end.cpu.nmi_pending
 
 
+def test_an_nmi_that_ended_a_guests_run_on_svm_waits(side: str) -> None:
+    """It is delivered after STGI (R19); on VMX the exit itself was its delivery (R18)."""
+    stgi = other(Kind.UNBLOCK, arg=1)
+    run = [other(Kind.VMENTRY), other(Kind.VMEXIT, arg=1, source=Source.NMI), stgi, nmi({})]
+    end = play(side, run[:2], UNRECORDED)
+    assert (end.cpu.nmi_blocked, end.cpu.gif) == (None, False)
+    end = play(side, [*run, *run, *run], UNRECORDED)  # each NMI shows that the one before had returned
+    assert list(end.findings) == []
+    assert [f.entry for f in end.frames] == [11]
+
+
 # -- returns whose frame is not recorded ----------------------------------------------------------------------------------
 
 RETURN = other(Kind.RETURN)

@@ -238,25 +238,51 @@ static bool turns_loop(const struct cpu *c, const struct tdb_event *e)
 	       e->value == c->loop_sp;
 }
 
+static bool contradicted(const struct tdb_frame *f, const struct tdb_event *e)
+{
+	struct slot slot[5];
+
+	make_slots(f, e, slot);
+	return differing(slot);
+}
+
+/* The depth of the newest frame further out to whose RIP a return went that did not go to that of the frame at its depth, or the
+ * CPU's depth: the handlers in between were not returned from. */
+static uint32_t left_out_to(struct machine *m, const struct cpu *c, const struct tdb_event *e)
+{
+	uint32_t found = c->depth;
+	bool passed = false, any = false;
+
+	for (uint32_t id = m->watch[e->cpu].head; id != NONE; id = m->frames.node[id].watch.next) {
+		const struct tdb_frame *f = &m->frames.node[id].f;
+
+		if (f->depth == c->depth)
+			passed |= contradicted(f, e);
+		else if (f->depth < c->depth && saved_knows(f, TDB_K_RIP) && e->known & TDB_K_ADDR && !contradicted(f, e) &&
+			 (!any || f->depth > found)) {
+			found = f->depth;
+			any = true;
+		}
+	}
+	return passed ? found : c->depth;
+}
+
 /*
  * Where it popped from is not known.  If deliveries and returns nest, what was entered as deep as it came from is done, unless the
  * words that it popped say that it was not that.
  */
-static void close_nested(struct machine *m, const struct cpu *c, const struct tdb_event *e)
+static void close_nested(struct machine *m, struct cpu *c, const struct tdb_event *e)
 {
-	struct slot slot[5];
-	uint32_t next;
+	uint32_t depth = left_out_to(m, c, e), next;
 
 	for (uint32_t id = m->watch[e->cpu].head; id != NONE; id = next) {
 		struct node *n = frame_at(m, id);
 
 		next = n->watch.next;
-		if (n->f.depth < c->depth)
-			continue;
-		make_slots(&n->f, e, slot);
-		if (!differing(slot))
+		if (n->f.depth >= depth && (depth < c->depth || !contradicted(&n->f, e)))
 			frame_close(m, n, TDB_SETTLE_NESTING);
 	}
+	c->depth = depth;
 }
 
 /* A return where no open frame is: the frame, closed now, that it stands for, or NULL. */

@@ -189,8 +189,14 @@ class Resume(Deliver):
 
     def nested(self, cpu: ModelCpu, event: ModelEvent, popped: Context) -> None:
         """b. R is unknown: deliveries and returns nest, as far as the popped words do not contradict it."""
-        for frame in [f for f in self.frames if f.cpu == event.cpu and f.own and f.depth >= cpu.depth]:
-            if not any(differs(slot, getattr(frame.saved, slot), getattr(popped, slot)) for slot in SLOT_BITS):
+        own = [f for f in self.frames if f.cpu == event.cpu and f.own]
+        other = {f.entry for f in own if any(differs(s, getattr(f.saved, s), getattr(popped, s)) for s in SLOT_BITS)}
+        if any(f.depth == cpu.depth and f.entry in other for f in own) and popped.rip is not None:
+            further = [f.depth for f in own if f.depth < cpu.depth and f.saved.rip is not None and f.entry not in other]
+            if further:
+                cpu.depth, other = max(further), set()
+        for frame in own:
+            if frame.depth >= cpu.depth and frame.entry not in other:
                 self.close(frame, Settle.NESTING)
 
     def shifted(self, cpu: ModelCpu, event: ModelEvent) -> ModelFrame | None:

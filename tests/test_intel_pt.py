@@ -12,12 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from model_bench import layout
 from pt_asm import OVF, PSB, PSBEND, cfe, evd, fup, mode, psbp, tip, tsc
 from pt_random import TSC0, Source
 
 from tracedbg.errors import FormatError, UsageError
 from tracedbg.formats import ReaderOptions, intel_pt, open_input, open_inputs, pt_stream
-from tracedbg.state import Kind, Known
+from tracedbg.layout import Fidelity
+from tracedbg.replay import Replay
+from tracedbg.state import Evidence, Kind, Known, Rule
 from tracedbg.trace import Trace
 from tracedbg.writer import TraceWriter
 
@@ -358,3 +361,46 @@ def test_a_handler_that_is_not_the_gates(tmp_path: Path, run_cli: Run) -> None:
     (tmp_path / "l.toml").write_text(LAYOUT)
     (tmp_path / "x.bin").write_bytes(psbp(KERNEL) + delivered(2, 0xC6, 0x6666))
     assert "model-mismatch" in run_cli("replay", "--layout", "l.toml", "x.bin").stdout
+
+
+# -- what the replay makes of it ----------------------------------------------------------------------------------------
+
+NMI, MCHECK, HANDLER = 2, 18, 0xFFFFFFFF81E00000
+
+
+def at(vector: int, ip: int) -> bytes:
+    return cfe(1, vector, ip=True) + fup(ip)
+
+
+def back(ip: int) -> bytes:
+    return cfe(2, ip=True) + fup(ip)
+
+
+ORDINARY = at(NMI, 0x101000) + back(HANDLER + 9)
+INSIDE = at(NMI, 0x101000) + evd(0, 0x7000) + at(14, HANDLER) + back(0x100250) + back(HANDLER + 9)  # a #PF in the NMI
+
+
+AGAIN = back(0x100290) + at(NMI, HANDLER + 2)  # the IRET inside of it unblocked NMIs
+
+
+@pytest.mark.parametrize(
+    ("events", "overwrites"),
+    [
+        (ORDINARY * 20, []),
+        (INSIDE * 20, []),
+        ((cfe(1, NMI) + cfe(2)) * 20, []),  # nothing but the events
+        (ORDINARY + at(NMI, 0x101000) + at(MCHECK, HANDLER + 2) + AGAIN + back(HANDLER + 9) * 2, [(2, 5)]),
+        (at(NMI, 0x101000) + evd(0, 0x7000) + at(14, HANDLER) + AGAIN, [(0, 3)]),
+    ],
+    ids=["ordinary", "page fault in it", "no addresses", "nmi, mc, iret, nmi", "nmi, page fault, iret, nmi"],
+)
+def test_a_handler_that_was_interrupted_is_told_from_one_that_returned(
+    events: bytes, overwrites: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    path = tmp_path / "aux.bin"
+    path.write_bytes(psbp() + events + psbp())
+    with open_input(str(path), options=ReaderOptions(layout=layout(fidelity=Fidelity.NONE))) as trace, Replay(trace) as replay:
+        replay.scan_all()
+        found = replay.findings()
+        assert [(f.victim and f.victim.entry, f.event) for f in found] == overwrites
+        assert all((f.rule, f.evidence) == (Rule.FRAME_CLOBBERED, Evidence.INFERRED) for f in found)

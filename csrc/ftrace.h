@@ -87,6 +87,7 @@ struct ftr_stream {
 	uint8_t last;            /* no pages come after `data` */
 	uint8_t cut;             /* with it: but there were more */
 	uint8_t in_nmi;          /* the last record had the flag NMI, and that was told */
+	uint8_t gif_clear;       /* an exit of SVM cleared GIF, and that it was set again was not told */
 };
 
 struct ftr_vcpu { uint32_t pid; uint32_t id; };   /* thread; KVM's number, FTR_NONE: not known */

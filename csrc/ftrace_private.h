@@ -43,7 +43,7 @@ static inline uint32_t ftr_answer_slot(const struct ftr_answer *a)
 void ftr_gap(struct ftr_state *s, struct ftr_stream *st, uint64_t lost);
 /* Write what was held back for a VM exit. */
 void ftr_release(struct ftr_state *s, struct ftr_stream *st);
-/* A record of a tracepoint: puts at most two events into the queue; whether the caller is to complete the last one. */
+/* A record of a tracepoint: puts at most three events into the queue; whether the caller is to complete the last one. */
 int ftr_record(struct ftr_state *s, struct ftr_stream *st, const uint8_t *p, uint32_t size);
 
 #endif

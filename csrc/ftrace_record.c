@@ -86,7 +86,7 @@ void ftr_gap(struct ftr_state *s, struct ftr_stream *st, uint64_t lost)
 	push(st, &e);
 	s->count[FTR_C_GAPS]++;
 	st->irq = st->exited = FTR_NONE;
-	st->in_nmi = 0;
+	st->in_nmi = st->gif_clear = 0;
 }
 
 /* The native CPU of a thread's vCPU; FTR_NONE: not known, or one too many.  `add`: it is one. */
@@ -169,6 +169,12 @@ static void emit(struct ftr_state *s, struct ftr_stream *st, const struct ftr_po
 	if (odd) {
 		s->count[FTR_C_ODD]++;
 		e.flags |= TDB_F_PARTIAL;
+	}
+	if (e.kind == TDB_DELIVER && st->gif_clear) {   /* KVM executes STGI before it records the exit */
+		note = event(st, TDB_UNBLOCK, st->cpu, TDB_K_ARG);
+		note.arg = 1;
+		push(st, &note);
+		st->gif_clear = 0;
 	}
 	if (e.kind == TDB_DELIVER && flags & FLAG_NMI && !st->in_nmi) {
 		note = from(st, s->note, st->cpu);
@@ -277,6 +283,7 @@ static void kvm_entry(struct ftr_state *s, struct ftr_stream *st, const struct f
 	uint32_t vcpu;
 
 	ftr_release(s, st);
+	st->gif_clear = 0;
 	field(&pt->field[FTR_N_VCPU], p, size, &id);
 	vcpu = vcpu_of(s, pid_of(s, p, size), (uint32_t)id, 1);
 	push(st, &e);
@@ -328,6 +335,7 @@ static void kvm_exit(struct ftr_state *s, struct ftr_stream *st, const struct ft
 	e.code = (uint32_t)reason;
 	if (isa == ISA_VMX || isa == ISA_SVM)
 		e.arg = isa == ISA_SVM, e.known |= TDB_K_ARG;
+	st->gif_clear = isa == ISA_SVM;
 	if (field(&pt->field[FTR_X_RIP], p, size, &rip))
 		e.addr = rip, e.known |= TDB_K_ADDR;
 	if ((isa == ISA_VMX && (uint16_t)reason == VMX_EXCEPTION_NMI && !failed && intr & VALID && (intr >> 8 & 7) == INTR_NMI) ||

@@ -437,6 +437,14 @@ def test_whether_an_injection_was_delivered(info: str, out: str, failed: bool, w
         assert "injections_without_exit" not in trace.meta["counts"]
 
 
+@pytest.mark.parametrize(("reason", "made"), [("HLT", 0), ("npf", 1)])
+def test_gif_is_set_again_before_an_exit_of_svm_is_recorded(reason: str, made: int, write: Write) -> None:
+    exits, tick = (0, 1, f"kvm_exit: vcpu 0 reason {reason} rip 0x1 info1 0x0"), (0, 1, "local_timer_entry: vector=236")
+    with read(write(kvm((0, 1, "kvm_entry: vcpu 0"), exits, tick, tick, (0, 1, "kvm_entry: vcpu 0"), tick))) as trace:
+        stgi = [n for n in range(trace.count) if trace.event(n).kind is Kind.UNBLOCK]
+        assert stgi == [2] * made and all(trace.event(n).arg == 1 and trace.event(n).cpu == 0 for n in stgi)
+
+
 @pytest.mark.parametrize(
     ("info", "source"),
     [

@@ -103,6 +103,16 @@ def test_vm_exits_for_nmis_and_windows(read: Opener) -> None:
         assert [e.arg for e in events(trace) if e.kind is Kind.VMEXIT] == [0, 0, 0, 1, 1]
 
 
+@pytest.mark.parametrize(("isa", "made"), [(1, 0), (2, 1)])
+def test_gif_is_set_again_before_an_exit_of_svm_is_recorded(isa: int, made: int, read: Opener) -> None:
+    page = page_of(entry(), vmexit(0x61, isa=isa), tick(), tick(), entry(), vmexit(0x78, isa=isa), entry(), tick())
+    with read(one(page).six()) as trace, Replay(trace) as replay:
+        replay.scan_all()
+        assert list(replay.findings()) == []  # GIF = 0 would have held the interrupts
+        stgi = [n for n, e in enumerate(events(trace)) if e.kind is Kind.UNBLOCK]
+        assert stgi == [2] * made and all(trace.event(n).arg == 1 and trace.event(n).cpu == 0 for n in stgi)
+
+
 def test_before_linux_5_10_info2_is_the_interruption(read: Opener) -> None:
     fields = (("unsigned int", "exit_reason"), ("unsigned long", "guest_rip"), ("u32", "isa"), ("u64", "info1"), ("u64", "info2"))
     old = Point("kvm", "kvm_exit", 301, fields)

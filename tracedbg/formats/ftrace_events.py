@@ -34,6 +34,7 @@ class Host:
     time: int = -1  # of its last record; -1: not known
     records: int = 0
     in_nmi: bool = False
+    gif_clear: bool = False  # an exit of SVM cleared GIF, and that it was set again was not told
     held: int | None = None  # what the last VM entry injected, until the next exit says whether it was delivered
     held_was: tuple[int, int] = (0, 0)  # its source and vector
     irq: int = -1  # the last device interrupt

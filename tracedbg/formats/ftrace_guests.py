@@ -72,6 +72,7 @@ class Guests:
         """kvm_entry: on the host, and in the guest what is injected."""
         given = pairs(record.rest)
         self.settle(host)
+        host.gif_clear = False
         guest = self._guest(record.pid, given.get("vcpu", given.get("vcpu_id")))
         self._events.add(host.number, host.time, Kind.VMENTRY)
         info = given.get("intr_info")
@@ -123,6 +124,7 @@ class Guests:
             if not self._events.rows.release(host.held, undone):
                 self._events.counts["injections_without_exit"] += 1
             host.held = None
+        host.gif_clear = vendor == exits.SVM
         known, addr = 0, 0
         if number is not None:
             known |= K_CODE

@@ -73,7 +73,7 @@ class Points:
         known, value = (0, 0) if count is None else (K_VALUE, count)
         for host in hosts:
             self.guests.settle(host)
-            host.in_nmi, host.irq, host.exited = False, -1, -1
+            host.in_nmi, host.gif_clear, host.irq, host.exited = False, False, -1, -1
         if cpu is None or self.guests.found:  # a guest's CPU may have run there
             self._events.add(None, time, Kind.GAP, known, value=value)
         else:
@@ -97,6 +97,9 @@ class Points:
 
     def _deliver(self, host: Host, record: Record, known: int, **fields: int) -> None:
         """A delivery to the host."""
+        if host.gif_clear:  # KVM executes STGI before it records the exit
+            self._events.add(host.number, host.time, Kind.UNBLOCK, K_ARG, arg=1)
+            host.gif_clear = False
         if record.flags is not None and record.flags[2] in "zZ" and not host.in_nmi:
             self._events.mark(host, IN_NMI)
             host.in_nmi = True

@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -19,6 +20,7 @@ from tracedbg.errors import FormatError, UsageError
 from tracedbg.text import clean, clean_path
 
 if TYPE_CHECKING:
+    from tracedbg.formats import Format
     from tracedbg.growing import Growing
     from tracedbg.layout import Layout
     from tracedbg.replay import Replay
@@ -297,46 +299,69 @@ def new_file(path: str, force: bool) -> Iterator[str]:
                 os.unlink(temporary)
 
 
-def check_directory(path: str, force: bool, marker: str) -> None:
-    """Refuse an output directory that exists: with `force` too, unless it is empty or has a file `marker`."""
+def check_directory(path: str, force: bool, form: Format) -> None:
+    """Refuse an output directory that exists and is not empty: with `force` too, unless it holds what the format's writer
+    makes, and nothing else."""
+    from tracedbg.output import os_error
+
     if not path:
         raise UsageError("the name of the output is empty")
     if not os.path.lexists(path):
         return
     if not os.path.isdir(path) or os.path.islink(path):
         raise FormatError(path, "is there and no directory")
-    if os.listdir(path):
-        if not force:
-            raise UsageError(f"{path} exists; --force overwrites it")
-        if not os.path.isfile(os.path.join(path, marker)):
+    try:
+        names = os.listdir(path)
+        if names and not _is_written(path, names, dict(form.parts)):
             raise UsageError(f"{path} holds other things than a trace: not overwritten")
+    except OSError as error:
+        raise os_error(path, error) from None
+    if names and not force:
+        raise UsageError(f"{path} exists; --force overwrites it")
+
+
+def _is_written(path: str, names: Sequence[str], parts: dict[str, bytes]) -> bool:
+    """Whether every file of a directory begins as those that a writer makes, and the first of them is there."""
+    for name in names:
+        begin = parts.get(name, parts["*"])
+        place = os.path.join(path, name)
+        if not stat.S_ISREG(os.lstat(place).st_mode):
+            return False
+        with open(place, "rb") as file:
+            if file.read(len(begin)) != begin:
+                return False
+    return next(iter(parts)) in names
 
 
 @contextlib.contextmanager
-def new_directory(path: str, force: bool, marker: str) -> Iterator[str]:
+def new_directory(path: str, force: bool, form: Format) -> Iterator[str]:
     """The name of an empty directory to fill, which becomes `path` when it is whole."""
-    check_directory(path, force, marker)
+    check_directory(path, force, form)
     target = os.path.abspath(path)
-    temporary = None
+    temporary = old = None
     try:
         temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(target)[:40]}.", dir=os.path.dirname(target))
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o777 & ~umask)
         yield temporary
+        check_directory(path, force, form)  # again: that may have taken long
         if os.path.isdir(target) and os.listdir(target):
             old = tempfile.mkdtemp(prefix=f".{os.path.basename(target)[:40]}.", dir=os.path.dirname(target))
             os.replace(target, old)
             os.replace(temporary, target)
-            shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, target)
         temporary = None
     except OSError as error:
         raise _cannot_write(path, error) from None
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if old is not None and not os.path.lexists(target):
+            with contextlib.suppress(OSError):
+                os.replace(old, target)
+        for left in (temporary, old):
+            if left is not None:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _cannot_write(path: str, error: OSError) -> Exception:

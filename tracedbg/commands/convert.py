@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     if to_stdout and not form.text and sys.stdout.isatty():
         raise UsageError(f"--to {form.name} is binary: give a file, or send stdout elsewhere")
     if form.directory:
-        common.check_directory(args.output, args.force, form.marker)
+        common.check_directory(args.output, args.force, form)
     else:
         common.check_output(args.output, args.force)
     inputs = common.Inputs(args)
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
             _to_stdout(form, trace, inputs.symbols)
         else:
             output = (
-                common.new_directory(args.output, args.force, form.marker)
+                common.new_directory(args.output, args.force, form)
                 if form.directory
                 else common.new_file(args.output, args.force)
             )

@@ -25,8 +25,8 @@ class Format:
     """One format. `reader` and `writer` are modules (Reader, Writer); the native one is read by trace.py, written by writer.py.
 
     `suffixes`: an output of such a name is of this format. `extra`: of the package, that the writer needs. `options`: fields
-    of ReaderOptions, beside those that every reader takes, that this reader knows. `marker`: a file of each directory that is
-    written; one without it is never replaced.
+    of ReaderOptions, beside those that every reader takes, that this reader knows. `parts`: of a directory, the names
+    of its files (`*`: all others), the first of them always there, and how each begins: one with anything else is never replaced.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Format:
     extra: str | None = None
     text: bool = False
     directory: bool = False
-    marker: str = "metadata"
+    parts: tuple[tuple[str, bytes], ...] = ()
     options: tuple[str, ...] = ()
 
     @property
@@ -80,7 +80,7 @@ FORMATS = (
     ),
     Format(
         "ctf", "CTF 1.8 for Babeltrace, Trace Compass: a directory with a stream a CPU", writer="tracedbg.export.ctf",
-        suffixes=(".ctf",), directory=True,
+        suffixes=(".ctf",), directory=True, parts=(("metadata", b"/* CTF 1.8"), ("*", b"\xc1\x1f\xfc\xc1")),
     ),
     Format(
         "intel-pt", "raw Intel PT (AUX) data with Event Trace, one file a CPU", "tracedbg.formats.intel_pt", options=("cpu_hz",)
@@ -103,7 +103,8 @@ FORMATS = (
     ),
     Format(
         "parquet", "Apache Parquet: the same as a directory of three columnar files",
-        writer="tracedbg.export.parquet", suffixes=(".parquet",), extra="parquet", directory=True, marker="_tracedbg.json",
+        writer="tracedbg.export.parquet", suffixes=(".parquet",), extra="parquet", directory=True,
+        parts=(("_tracedbg.json", b"{"), ("*", b"PAR1")),
     ),
 )  # fmt: skip
 

@@ -136,9 +136,10 @@ class Inputs:
 
     def follow(self, paths: Sequence[str]) -> Growing:
         """Open a native trace that is still being written."""
+        from tracedbg import formats
         from tracedbg.growing import Growing
 
-        if len(paths) > 1 or paths[0] == "-" or self.monitor or self.from_format not in (None, "native"):
+        if len(paths) > 1 or paths[0] == "-" or self.monitor or self.from_format not in (None, formats.NATIVE):
             raise UsageError("--follow takes one native trace")
         return Growing(paths[0], self._add)
 

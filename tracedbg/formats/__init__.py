@@ -10,7 +10,7 @@ from tracedbg import wire
 from tracedbg.errors import FormatError, UsageError
 from tracedbg.formats import qemu_monitor, registry
 from tracedbg.formats.registry import NATIVE, Format, ReaderOptions, WriterOptions, output_format
-from tracedbg.formats.source import Input
+from tracedbg.formats.source import PACKED, Input
 from tracedbg.trace import Trace
 from tracedbg.writer import TraceWriter
 
@@ -28,6 +28,8 @@ def recognise(source: Input, wanted: str | None = None) -> Format:
             return form
     if qemu_monitor.looks_like_monitor(source.head):
         raise FormatError(source.path, "QEMU monitor text, not a log: it goes with the log as --monitor", 0)
+    if source.packed and source.head.startswith(PACKED):
+        raise FormatError(source.path, "packed twice: unpack it once", 0)
     raise FormatError(source.path, "not a trace or log that this program reads (`tracedbg convert --list` has them)", 0)
 
 
@@ -68,6 +70,9 @@ def _open_all(paths: Sequence[str]) -> list[Input]:
     try:
         for path in paths:
             inputs.append(Input(path))
+            for other in inputs[:-1]:
+                if inputs[-1].place is not None and inputs[-1].place == other.place:
+                    raise UsageError(f"{path} is the same file as {other.path}")
     except BaseException:
         for source in inputs:
             source.close()
@@ -77,12 +82,7 @@ def _open_all(paths: Sequence[str]) -> list[Input]:
 
 def _open_native(inputs: list[Input], options: ReaderOptions) -> Trace:
     source = inputs[0]
-    if options.cpu_hz or options.vendor:
-        raise UsageError("--cpu-hz and --vendor belong to a trace of Xen's xentrace")
-    if options.keep_marks:
-        raise UsageError("--keep-marks belongs to a trace of Linux's own tracing")
-    if options.monitor:
-        raise UsageError("--monitor belongs to the log of an emulator; a native trace takes --layout")
+    registry.check_options(registry.FORMATS[0], options)
     if len(inputs) > 1:
         raise UsageError("several files are only read together when they are the thread files of one foreign log")
     if source.is_file and source.raw_bytes >= 8 and source.bytes == source.raw_bytes:

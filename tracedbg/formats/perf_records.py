@@ -145,6 +145,8 @@ class PerfFile:
 
     def _begin(self) -> None:
         head = self._peek(_HEADER.size)
+        if not head.startswith(MAGIC):
+            raise FormatError(self._path, "not a perf.data", 0)
         size = int.from_bytes(head[8:16], "little")
         if len(head) >= _PIPE_HEADER and size == _PIPE_HEADER:  # `perf record -o -`
             self._skip(_PIPE_HEADER)

@@ -53,7 +53,10 @@ class Format:
 
 # Asked in this order whose an input is: those with a magic number first, the looser ones last.
 FORMATS = (
-    Format(NATIVE, "native: events, layout, memory, symbols and what the source could not know", suffixes=(".tdbg",)),
+    Format(
+        NATIVE, "native: events, layout, memory, symbols and what the source could not know", suffixes=(".tdbg",),
+        options=("stores",),
+    ),
     Format(
         "xentrace", "binary file of Xen's xentrace, 3.2 and later", "tracedbg.formats.xentrace", options=("cpu_hz", "vendor")
     ),

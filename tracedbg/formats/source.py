@@ -24,6 +24,7 @@ STDIN = "-"
 
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
+PACKED = (_GZIP, _ZSTD)
 # A log compresses 10 to 100 times, a run of equal bytes 1,000 times (gzip) and more: beyond this it is a bomb.
 _MAX_RATIO = 800
 _FREE = 256 << 20  # bytes of output that no ratio is asked of
@@ -36,10 +37,12 @@ class Input:
         self.path = path
         self.name = "stdin" if path == STDIN else os.path.basename(path)
         self.is_file = False
+        self.place: tuple[int, int] | None = None  # of a file: which it is, whatever it is called
         self.raw_bytes = 0
         self.bytes = 0
         self._digest = hashlib.sha256()
         self._owned = path != STDIN
+        self.packed = False  # whether what is read comes out of gzip or zstd
         try:
             self._file: BinaryIO = open(path, "rb") if self._owned else sys.stdin.buffer  # noqa: SIM115 (closed by close())
         except OSError as error:
@@ -47,7 +50,10 @@ class Input:
         except ValueError:
             raise FormatError(path, "not a file name") from None
         try:
-            self.is_file = self._owned and stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
+            if self._owned:
+                found = os.fstat(self._file.fileno())
+                self.is_file = stat.S_ISREG(found.st_mode)
+                self.place = (found.st_dev, found.st_ino) if self.is_file else None
             self._stream = self._pieces()
             self._first: list[bytes] = []
             size = 0
@@ -107,6 +113,7 @@ class Input:
             start += data
             if len(start) >= 4:
                 break
+        self.packed = start.startswith(PACKED)
         if start[:2] == _GZIP:
             source = self._gunzip(start, raw)
         elif start[:4] == _ZSTD:

@@ -44,6 +44,8 @@ def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -
     """Read a trace into the writer. Pages that are damaged or missing end in a gap and in META's `damage`."""
     if len(inputs) > 1:
         raise UsageError("trace-cmd writes all CPUs into one file; several files are not one recording")
+    if not container.sniff(inputs[0].head):
+        raise FormatError(inputs[0].path, "not a trace.dat", 0)  # before all of it is copied
     store = Store(inputs[0], container.MAGIC)
     try:
         _Reader(store, inputs[0], writer, options).run()

@@ -70,6 +70,8 @@ def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -
     for magic, what in _REFUSED:
         if source.head.startswith(magic):
             raise FormatError(source.path, f"{what}; dump the guest with QEMU's dump-guest-memory, as ELF", 0)
+    if not source.head.startswith(_ELF):
+        raise FormatError(source.path, "not an ELF file", 0)  # before all of it is copied
     with _contents(source) as data:
         parse(data, source.path, writer, given or Layout())
         writer.meta["source"] = {"format": FORMAT, "name": source.name, "bytes": len(data)}

@@ -66,7 +66,7 @@ def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -
     damage = [(place.at, DAMAGE[place.what]) for place in told.damage[0 : min(told.damages, len(told.damage))]]
     if not told.records:
         at, what = damage[0] if damage else (0, "no record in it")
-        raise FormatError(source.path, f"not a trace of xentrace: {what}", at)
+        raise FormatError(source.path, f"not a trace of xentrace: {what.partition(';')[0]}", at)
     if told.ended == decoder.UNREADABLE:
         writer.event(Kind.GAP)  # of all CPUs: nobody knows whose windows would have come
     writer.payload(decoder.texts())

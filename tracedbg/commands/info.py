@@ -73,7 +73,7 @@ def _show(paths: list[str], inputs: common.Inputs, args: argparse.Namespace) -> 
 def _lines(path: str, trace: Trace, words: Words) -> Iterator[str]:
     major, minor = trace.version
     unfinished = ", not finished by its writer" if trace.unfinished else ""
-    form = f"native trace, format {major}.{minor}" if trace.foreign is None else f"{trace.foreign} log"
+    form = f"native trace, format {major}.{minor}" if trace.foreign is None else trace.foreign
     yield f"{clean_path(path)}: {form}{unfinished}"
     if trace.ignored:
         yield f"  {trace.ignored:,} bytes at the end are not whole events and are not used"

@@ -27,6 +27,7 @@ examples:
 CHUNK = 1 << 16
 MAX_CPUS_SHOWN = 16
 MAX_LEVELS = 8  # of META, which may be nested
+MAX_KEYS = 200  # of META, and of each object in it
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,8 +78,7 @@ def _lines(path: str, trace: Trace, words: Words) -> Iterator[str]:
     yield f"{clean_path(path)}: {form}{unfinished}"
     if trace.ignored:
         yield f"  {trace.ignored:,} bytes at the end are not whole events and are not used"
-    clock = f", clock {trace.clock_hz:,} Hz" if trace.clock_hz else ", no clock"
-    yield f"events: {trace.count:,}, {trace.cpus} CPU{'' if trace.cpus == 1 else 's'}{clock}"
+    yield f"events: {trace.count:,}, {trace.cpus} CPU{'' if trace.cpus == 1 else 's'}, {_clock(trace)}"
     yield from _counts(trace, words)
     yield from _meta(trace)
     yield from _layout(trace, words)
@@ -86,6 +86,17 @@ def _lines(path: str, trace: Trace, words: Words) -> Iterator[str]:
     held = [f"{count:,} {name}" for name, count in sizes.items() if count]
     if held:
         yield f"also holds: {', '.join(held)}"
+
+
+def _clock(trace: Trace) -> str:
+    from tracedbg.state import Known
+
+    if trace.clock_hz:
+        return f"clock {trace.clock_hz:,} Hz"
+    for at in range(0, len(trace.events), CHUNK * 64):
+        if any(known & Known.TIME for known in set(bytes(trace.events[at + 58 : at + CHUNK * 64 : 64]))):
+            return "a clock of unknown frequency"
+    return "no clock"
 
 
 def _counts(trace: Trace, words: Words) -> Iterator[str]:
@@ -132,7 +143,8 @@ def _counts(trace: Trace, words: Words) -> Iterator[str]:
 
 def _meta(trace: Trace) -> Iterator[str]:
     """META as `key: value` lines; the layout part has its own place."""
-    for key, value in sorted(trace.meta.items()):
+    items = sorted(trace.meta.items())
+    for key, value in items[:MAX_KEYS]:
         if key in ("layout", "stack_names"):
             continue
         if key == "case":
@@ -140,19 +152,22 @@ def _meta(trace: Trace) -> Iterator[str]:
             continue
         if isinstance(value, dict) and any(isinstance(item, str) for item in value.values()):
             yield f"{clean(key, 40)}:"
-            yield from (f"  {clean(str(name), 40)}: {_plain(item)}" for name, item in sorted(value.items()))
+            yield from (f"  {clean(str(name), 40)}: {_plain(item)}" for name, item in sorted(value.items())[:MAX_KEYS])
+            if len(value) > MAX_KEYS:
+                yield f"  and {len(value) - MAX_KEYS:,} more"
         else:
             yield f"{clean(key, 40)}: {_plain(value)}"
+    if len(items) > MAX_KEYS:
+        yield f"and {len(items) - MAX_KEYS:,} more keys of META"
 
 
 def _case(story: object) -> Iterator[str]:
     """Of a case file its header; the prose and what it expects are long."""
-    if not isinstance(story, dict):
-        return
-    yield "case:"
-    for key in ("title", "source", "sources", "rules", "near_miss", "near-miss"):
-        if story.get(key):
-            yield f"  {key}: {_plain(story[key])}"
+    header = story.get("header") if isinstance(story, dict) else None
+    pairs = [pair for pair in header if isinstance(pair, list) and len(pair) == 2] if isinstance(header, list) else []
+    if pairs:
+        yield "case:"
+        yield from (f"  {_plain(name)}: {_plain(text)}" for name, text in pairs[:MAX_KEYS])
 
 
 def _plain(value: object, level: int = 1) -> str:
@@ -160,7 +175,8 @@ def _plain(value: object, level: int = 1) -> str:
         return "…"
     if isinstance(value, dict):
         items = sorted(value.items(), key=lambda item: str(item[0]))
-        return ", ".join(f"{clean(str(k), 40)} {_plain(v, level + 1)}" for k, v in items)
+        more = f", and {len(items) - MAX_KEYS:,} more" if len(items) > MAX_KEYS else ""
+        return ", ".join(f"{clean(str(k), 40)} {_plain(v, level + 1)}" for k, v in items[:MAX_KEYS]) + more
     if isinstance(value, list):
         more = f"; and {len(value) - 20} more" if len(value) > 20 else ""
         return "; ".join(_plain(item, level + 1) for item in value[:20]) + more

@@ -11,7 +11,7 @@ import pytest
 
 from tracedbg import wire
 from tracedbg.errors import FormatError
-from tracedbg.layout import REGION_STACK, CpuTables, Fred, Gate, Idt, Layout, Region, Tss, from_toml, to_toml
+from tracedbg.layout import REGION_STACK, CpuTables, Fred, Gate, Idt, Layout, Region, Tss, from_toml, load_toml, to_toml
 from tracedbg.writer import build
 
 TABLES = '[[tss]]\nbase = "0x5000"\nist2 = "0x9000"\n[[idt]]\nbase = "0x6000"\ngate.2 = {ist = 2}\n'
@@ -229,3 +229,10 @@ def test_a_top_inside_of_overlapping_stacks_gets_none() -> None:
         found = replace(base, regions=regions).with_stacks().regions
         assert (len(found) > len(regions)) is added
     assert found[-1] == Region(0x3000, 0x5000, REGION_STACK, 0, 8, assumed=True)
+
+
+def test_a_layout_file_without_end_is_refused() -> None:
+    with pytest.raises(FormatError, match=r"^/dev/zero: a layout file has at most 64 MiB$"):
+        load_toml("/dev/zero")
+    with pytest.raises(FormatError, match=r"^/none\.toml: no such file or directory$"):
+        load_toml("/none.toml")

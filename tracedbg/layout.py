@@ -8,13 +8,13 @@ import tomllib
 from dataclasses import dataclass, field, replace
 from enum import IntFlag
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from tracedbg import wire, x86
 from tracedbg.errors import FormatError, UsageError
 
 IST_STACK_SIZE = 8192  # assumed where no bounds are given; the next lower top cuts it shorter
+MAX_TOML = 64 << 20  # bytes of a layout file: the tables of 4096 CPUs fit
 
 REGION_STACK, REGION_USER, REGION_STORES, REGION_READS = range(4)
 SLOT_RSP0 = 8
@@ -321,9 +321,13 @@ def load_toml(name: str) -> Layout:
             raise UsageError(f"no layout preset {name!r} (a file name ends in .toml)")
         return from_toml(preset.read_text(encoding="utf-8"), name)
     try:
-        text = Path(name).read_bytes().decode("utf-8")
+        with open(name, "rb") as file:
+            data = file.read(MAX_TOML + 1)
+        if len(data) > MAX_TOML:
+            raise FormatError(name, f"a layout file has at most {MAX_TOML >> 20} MiB")
+        text = data.decode("utf-8")
     except OSError as error:
-        raise FormatError(name, error.strerror or "cannot be read") from None
+        raise FormatError(name, (error.strerror or "cannot be read").lower()) from None
     except UnicodeDecodeError as error:
         raise FormatError(name, "not UTF-8 text", error.start) from None
     return from_toml(text, name)

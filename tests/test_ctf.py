@@ -407,6 +407,15 @@ def test_random_traces_are_written_whatever_they_hold(tmp_path: Path) -> None:
         assert sum(event.name != "finding" for event in read) == trace.count
 
 
+@pytest.mark.parametrize("hz", [0, 1, 10**9, 1 << 63, (1 << 64) - 1])
+@pytest.mark.parametrize("times", [(0, 1 << 63, (1 << 64) - 1), ((1 << 64) - 1,), (0, (1 << 63) - 1), (5, 6)])
+def test_babeltrace_reads_any_time_of_any_clock(hz: int, times: tuple[int, ...], tmp_path: Path) -> None:
+    trace = made(lambda writer: [writer.event(Kind.EOI, cpu=0, time=time) for time in times], clock_hz=hz)
+    _, read = export(trace, tmp_path / "ctf")
+    assert babeltrace(tmp_path / "ctf") == [event.text for event in read]
+    assert len(read) == len(times)
+
+
 def test_the_command_line(tmp_path: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     from samples import write_race
 

@@ -12,6 +12,7 @@ from tracedbg.trace import Trace
 NANO = 10**9
 CHUNK = 1 << 14  # events looked at together
 MAX_NS = 1 << 62  # viewers hold nanoseconds in 63 bits
+MAX_TICKS = 1 << 63  # Babeltrace has a word for what is no time: 2^64 - 1
 GLITCHES = 100  # of so many times one may lie before an earlier one of its CPU: more, and they are no axis
 
 _TIME = int(Known.TIME)
@@ -78,15 +79,16 @@ def axis_of(trace: Trace) -> Axis:
             if not 0 <= start <= time:
                 start = time
     untimed = trace.count - timed
-    axis = Axis(True, trace.clock_hz, max(start, 0), untimed, back)
+    hz = trace.clock_hz if trace.clock_hz < MAX_TICKS else 0  # no clock is that fast; readers take it for a mistake
+    axis = Axis(True, hz, max(start, 0), untimed, back)
     why = ""
     if not timed:
         why = "the trace has no time"
-    elif axis.ns(end) >= MAX_NS:
+    elif axis.ns(end) >= MAX_NS or end >= MAX_TICKS:
         why = "the times of the trace are too large for an axis"
     elif back * GLITCHES > timed:
         why = f"{back:,} of {timed:,} times lie before an earlier one of the same CPU"
-    return Axis(False, trace.clock_hz, 0, untimed, back, why) if why else axis
+    return Axis(False, hz, 0, untimed, back, why) if why else axis
 
 
 def columns(trace: Trace, offset: int = 0) -> Iterator[tuple[int, list[int], list[int], list[int]]]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import os
+import resource
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import zstandard
 from samples import write_race
 
 from tracedbg.commands import common
@@ -64,10 +70,6 @@ def test_one_file_is_not_two_threads(tmp_path: Path) -> None:
 
 
 def test_packed_twice(tmp_path: Path) -> None:
-    import gzip
-
-    import zstandard
-
     path = tmp_path / "log.gz.gz"
     for packed in (gzip.compress(gzip.compress(b"x")), zstandard.compress(gzip.compress(b"x"))):
         path.write_bytes(packed)
@@ -106,3 +108,31 @@ def test_info_does_not_call_everything_a_log(verb: str, what: str, tmp_path: Pat
     if verb != "race.tdbg":
         run_cli("convert", "race.tdbg", verb, code=0)
     assert run_cli("info", verb, code=0).stdout.splitlines()[0] == f"{verb}: {what}"
+
+
+@pytest.mark.parametrize("name", ["qemu", "vmcore", "trace.dat", "native", "stdout"])
+def test_no_room_for_temporary_files_is_not_the_fault_of_the_input(name: str, root: Path, tmp_path: Path) -> None:
+    """The limit of a file's size stands for a full disk: both are told by write()."""
+    data = root / "tests" / "data"
+    packed = {
+        "qemu": (data / "qemu/istlab/a/qemu.log").read_bytes() * 20,
+        "vmcore": (data / "vmcore/a-after.elf.gz").read_bytes(),
+        "trace.dat": gzip.compress((data / "trace-dat/local.dat").read_bytes()),
+        "native": gzip.compress((root / "traces/xen-nmi-mce-nmi.tdbg").read_bytes()),
+        "stdout": (root / "traces/xen-nmi-mce-nmi.tdbg").read_bytes(),
+    }[name]
+    (tmp_path / "input").write_bytes(packed)
+    (tmp_path / "spool").mkdir()
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+
+    words = ["convert", "input", "-"] if name == "stdout" else ["info", "input"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tracedbg", *words], cwd=tmp_path, capture_output=True, preexec_fn=limit, check=False,
+        env={**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(tmp_path / "spool")},
+    )  # fmt: skip
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.decode() == f"tracedbg: {tmp_path}/spool (temporary files): file too large\n"
+    assert not list((tmp_path / "spool").iterdir())

@@ -18,6 +18,12 @@ def os_error(path: str, error: OSError) -> FormatError:
     return FormatError(path, (error.strerror or str(error)).lower())
 
 
+def spool_error(path: str, error: OSError) -> FormatError:
+    """As os_error, where `path` goes by way of a temporary file: it is there that no room is left."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return os_error(f"{tempfile.gettempdir()} (temporary files)" if full else path, error)
+
+
 def output_place(path: str, force: bool) -> str | None:
     """The file that an output named `path` becomes when it is whole: the one behind links, so that a link stays a link.
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 from tracedbg import wire
 from tracedbg.errors import FormatError
 from tracedbg.layout import Layout
-from tracedbg.output import create_beside, os_error, output_place
+from tracedbg.output import create_beside, os_error, output_place, spool_error
 from tracedbg.state import Kind, Known
 from tracedbg.trace import MemoryRange, Meta, Trace
 
@@ -112,7 +112,7 @@ class TraceWriter:
         try:
             self._flush()
         except OSError as error:
-            raise os_error(self._target or "output", error) from None
+            raise self._failed(error) from None
 
     def _flush(self) -> None:
         if not self._events_offset:
@@ -132,6 +132,9 @@ class TraceWriter:
             self._file.write(view)
         self._file.flush()
         self._buffer.clear()
+
+    def _failed(self, error: OSError) -> FormatError:
+        return spool_error("output", error) if self._target is None else os_error(self._target, error)
 
     def close(self) -> None:
         """Finish the file."""
@@ -178,7 +181,7 @@ class TraceWriter:
             raise
         except OSError as error:
             self.abort()
-            raise os_error(self._target or "output", error) from None
+            raise self._failed(error) from None
         except BaseException:
             self.abort()
             raise

@@ -110,18 +110,26 @@ def run(args: argparse.Namespace) -> int:
 def _to_stdout(form: Format, trace: Trace, symbols: Symbols | None) -> None:
     """By way of a file: a writer may go back in it, and nothing is written if it fails."""
     from tracedbg import formats
+    from tracedbg.output import spool_error
     from tracedbg.writer import TraceWriter
 
-    with tempfile.NamedTemporaryFile() as file:
-        if form.name == formats.NATIVE:
-            writer = TraceWriter(cast(BinaryIO, file), cpus=trace.cpus, clock_hz=trace.clock_hz)
-            _copy(trace, writer, symbols)
-            writer.close()
-        else:
-            _write_foreign(form, trace, file.name, symbols)
-        with open(file.name, "rb") as written:
-            shutil.copyfileobj(written, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
+    whole = False
+    try:
+        with tempfile.NamedTemporaryFile() as file:
+            if form.name == formats.NATIVE:
+                writer = TraceWriter(cast(BinaryIO, file), cpus=trace.cpus, clock_hz=trace.clock_hz)
+                _copy(trace, writer, symbols)
+                writer.close()
+            else:
+                _write_foreign(form, trace, file.name, symbols)
+            whole = True
+            with open(file.name, "rb") as written:
+                shutil.copyfileobj(written, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+    except OSError as error:
+        if whole:
+            raise
+        raise spool_error("-", error) from None
 
 
 def _write_native(trace: Trace, output: str, force: bool, symbols: Symbols | None) -> None:

@@ -11,6 +11,7 @@ from tracedbg.errors import FormatError, UsageError
 from tracedbg.formats import qemu_monitor, registry
 from tracedbg.formats.registry import NATIVE, Format, ReaderOptions, WriterOptions, output_format
 from tracedbg.formats.source import PACKED, Input
+from tracedbg.output import spool_error
 from tracedbg.trace import Trace
 from tracedbg.writer import TraceWriter
 
@@ -89,11 +90,14 @@ def _open_native(inputs: list[Input], options: ReaderOptions) -> Trace:
         return Trace.open(source.path)
     if not source.head.startswith(wire.MAGIC[: len(source.head)]):
         raise FormatError(source.path, "not a tracedbg trace (wrong magic)", 0)  # before all of it is copied
-    with tempfile.TemporaryFile() as file:
-        for piece in source.chunks():
-            file.write(piece)
-        file.flush()
-        return Trace.from_file(cast(Any, file), source.path)
+    try:
+        with tempfile.TemporaryFile() as file:
+            for piece in source.chunks():
+                file.write(piece)
+            file.flush()
+            return Trace.from_file(cast(Any, file), source.path)
+    except OSError as error:
+        raise spool_error(source.path, error) from None
 
 
 def _read(form: Format, inputs: list[Input], writer: TraceWriter, options: ReaderOptions) -> None:

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from tracedbg.errors import FormatError
 from tracedbg.formats.source import Input
-from tracedbg.output import os_error
+from tracedbg.output import os_error, spool_error
 
 
 class Store:
@@ -30,7 +30,7 @@ class Store:
             self._file: BinaryIO = file
             self.size = source.bytes
         except OSError as error:
-            raise os_error(source.path, error) from None
+            raise spool_error(source.path, error) from None
 
     @staticmethod
     def _plain(source: Input, magic: bytes) -> BinaryIO | None:

@@ -20,7 +20,7 @@ from tracedbg.formats.vmcore_notes import Bytes, Cpu, Dump
 from tracedbg.formats.vmcore_pages import PAGE, Space
 from tracedbg.formats.vmcore_stacks import Stacks, Top, Walk, ist_name, tops_of
 from tracedbg.layout import REGION_STACK, CpuTables, Fidelity, Gate, Idt, Layout, Region, Tss
-from tracedbg.output import os_error
+from tracedbg.output import spool_error
 from tracedbg.trace import MemoryRange
 from tracedbg.writer import TraceWriter
 
@@ -122,7 +122,7 @@ def _contents(source: Input) -> Iterator[Bytes]:
             with mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 yield data
     except OSError as error:
-        raise os_error(source.path, error) from None
+        raise spool_error(source.path, error) from None
 
 
 @dataclass(slots=True)

@@ -122,6 +122,14 @@ def test_the_whole_recording_of_version_6(shared: Path) -> None:
 
 
 @needs_trace_cmd
+@pytest.mark.parametrize("name", ["trace-smp2.dat", "trace-v6-tsc-kp-smp2.dat.gz"])
+def test_whole_recordings_are_read_as_trace_cmd_does(shared: Path, name: str, tmp_path: Path) -> None:
+    data = (shared / "trace-dat" / name).read_bytes()
+    with open_input(str(shared / "trace-dat" / name), options=ReaderOptions(keep_marks=True)) as trace:
+        check(trace, report(gzip.decompress(data) if name.endswith(".gz") else data, tmp_path), names_of(trace))
+
+
+@needs_trace_cmd
 @pytest.mark.parametrize(
     "how", [("6",), ("7", "--compression", "none"), ("7", "--compression", "any")], ids=["6", "7-none", "7-zstd"]
 )

@@ -164,6 +164,16 @@ def test_the_committed_answers_are_those_of_xenalyze(name: str, tmp_path: Path) 
     assert reference(done.stdout.decode("latin-1")) == reference(text)
 
 
+@pytest.mark.skipif(shutil.which("xenalyze") is None, reason="xenalyze is not installed")
+@pytest.mark.parametrize("name", ["xt-hvm-svm", "xt-pv-smp1"])
+def test_the_recorded_answers_are_those_of_xenalyze(shared: Path, name: str) -> None:
+    folder = shared / "xentrace"
+    mode = ["--svm-mode"] if "svm" in name else []
+    done = subprocess.run(["xenalyze", "-a", *mode, f"{name}.bin"], cwd=folder, capture_output=True, check=True, timeout=60)
+    text = gzip.decompress((folder / f"{name}.xenalyze-a.txt.gz").read_bytes())
+    assert reference(done.stdout.decode("latin-1")) == reference(text.decode("latin-1")) != []
+
+
 # -- records made by hand; layouts: Xen's xen/include/public/trace.h ------------------------------------------------------
 
 

@@ -48,6 +48,18 @@ static bool failed_exception(const struct machine *m, uint32_t index, uint8_t *v
 	return true;
 }
 
+/* Delivered again, after a VM exit that had nothing to do with it: nothing in the record is different. */
+static bool again(const struct machine *m, uint32_t index, const struct request *rq)
+{
+	const uint32_t at = TDB_K_RIP | TDB_K_CODE;
+	const struct tdb_event *e = &m->in->events[index];
+
+	if (e->arg != rq->vector || (e->known & at) != (rq->at.known & at) || !(e->known & TDB_K_VALUE) != !rq->data_known)
+		return false;
+	return (!(e->known & TDB_K_RIP) || e->rip == rq->at.rip) && (!(e->known & TDB_K_CODE) || e->code == rq->at.code) &&
+	       (!rq->data_known || e->value == rq->data);
+}
+
 static bool against_table(const struct machine *m, const struct cpu *c, const struct request *rq)
 {
 	uint8_t first;
@@ -55,7 +67,7 @@ static bool against_table(const struct machine *m, const struct cpu *c, const st
 	if (rq->source != TDB_SRC_EXCEPTION || !rq->vector_known || !failed_exception(m, c->failed[0], &first))
 		return false;
 	if (rq->vector != VECTOR_DF)
-		return makes_double_fault(first, rq->vector);
+		return makes_double_fault(first, rq->vector) && !again(m, c->failed[0], rq);
 	return !contributory(first) && !page_fault(first);   /* the fault that became the #DF need not be recorded */
 }
 

@@ -50,7 +50,8 @@ class Deliver(Place):
     def deliver_failed(self, cpu: ModelCpu, event: ModelEvent) -> None:
         self.stats.failed += 1
         frame = self.place(cpu, event)  # by what was known before D: D is not a failed delivery before itself
-        cpu.failed, cpu.failed_before = Failed(event.index, event.arg, event.source == Source.EXCEPTION), cpu.failed
+        last = Failed(event.index, event.arg, event.source == Source.EXCEPTION, (event.rip, event.code, event.value))
+        cpu.failed, cpu.failed_before = last, cpu.failed
         if frame is not None:
             if frame.ist and cpu.tokens.get(frame.ist):
                 self.token_busy(cpu, event, frame.ist, Evidence.COMPUTED, replace(frame))
@@ -150,7 +151,7 @@ class Deliver(Place):
             self.mismatch(cpu, event, Mismatch.MC_SHUTDOWN)
         if source == Source.FIXED and vector is not None and self.held_by_tpr(cpu, vector):
             self.mismatch(cpu, event, Mismatch.TPR)
-        if source == Source.EXCEPTION and vector is not None and self.against_the_table(cpu, vector):
+        if source == Source.EXCEPTION and vector is not None and self.against_the_table(cpu, event):
             self.mismatch(cpu, event, Mismatch.DOUBLE_FAULT)
         if source in (Source.NMI, Source.FIXED, Source.EXTINT, Source.EXTERNAL) and cpu.gif is False:
             self.mismatch(cpu, event, Mismatch.GIF)
@@ -174,13 +175,15 @@ class Deliver(Place):
         return vector >= 16 and cpu.tpr is not None and vector >> 4 <= cpu.tpr >> 4
 
     @staticmethod
-    def against_the_table(cpu: ModelCpu, vector: int) -> bool:
-        last = cpu.failed
+    def against_the_table(cpu: ModelCpu, event: ModelEvent) -> bool:
+        last, vector = cpu.failed, event.arg
+        assert vector is not None
         if last is None or not last.is_exception or last.vector is None:
             return False
         if vector == x86.DOUBLE_FAULT:
             return last.vector not in CONTRIBUTORY + PAGE_FAULTS
-        return makes_double_fault(last.vector, vector)
+        again = (last.vector, *last.told) == (vector, event.rip, event.code, event.value)
+        return makes_double_fault(last.vector, vector) and not again
 
     def no_error_code(self, cpu: ModelCpu, event: ModelEvent, frame: ModelFrame) -> None:
         """The handler of such a vector drops an error code that is not there (R4)."""

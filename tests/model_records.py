@@ -208,6 +208,7 @@ class Failed:
     event: int
     vector: int | None
     is_exception: bool
+    told: tuple[int | None, ...] = ()  # RIP, error code, value
 
 
 @dataclass

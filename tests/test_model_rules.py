@@ -194,6 +194,10 @@ GIF_OFF, GIF_ON = other(Kind.VMEXIT, arg=1), other(Kind.UNBLOCK, arg=1)
         ([deliver(0x31, Source.FIXED, IF_ON)], None),
         ([failed(fault(14)), fault(13, code=0)], Mismatch.DOUBLE_FAULT),
         ([failed(fault(14)), fault(14, code=0)], Mismatch.DOUBLE_FAULT),
+        ([failed(fault(14, code=2)), fault(14, code=2, value=0x1000)], Mismatch.DOUBLE_FAULT),
+        ([failed(fault(14, code=2)), fault(14, USER, code=2)], Mismatch.DOUBLE_FAULT),
+        ([failed(fault(14, code=2)), fault(14, code=2)], None),  # a VM exit was in the way, and it is delivered again
+        ([failed(fault(13, code=0)), failed(fault(13, code=0)), fault(13, code=0)], None),
         ([failed(fault(13)), fault(14, code=0)], None),  # contributory, then a page fault: one after the other
         ([failed(fault(1)), fault(13, code=0)], None),
         ([failed(nmi()), fault(14, code=0)], None),

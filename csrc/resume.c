@@ -417,10 +417,6 @@ int resume_apply(struct machine *m, const struct tdb_event *e, uint32_t index)
 		resume_unseen(m, c, e, index);
 		return TDB_OK;
 	}
-	if (unlikely(c->s.guest)) {
-		cpu_forget_registers(c);
-		return TDB_OK;
-	}
 	if (e->flags & TDB_F_FAULTED) {
 		if (kind == TDB_RET_IRET)
 			resume_faulted(m, c, e, index);

@@ -108,17 +108,6 @@ def test_an_nmi_that_ended_a_guests_run_on_svm_waits(side: str) -> None:
     assert [f.entry for f in end.frames] == [11]
 
 
-def test_a_guests_events_are_not_the_hosts(side: str) -> None:
-    """Its NMI goes by its own tables, its IRET pops its own frame, even where both systems use the same addresses."""
-    entry, out = other(Kind.VMENTRY), other(Kind.VMEXIT, arg=0, **KERNEL)
-    guests = [nmi(), fault(14, USER, code=0), NMI_IRET, failed(nmi(), 5)]
-    end = play(side, [nmi(), entry, *guests, out, NMI_IRET, nmi()])
-    assert list(end.findings) == []
-    assert ([f.entry for f in end.frames], end.cpu.guest) == ([8], False)
-    end = play(side, [nmi(), entry, *guests])
-    assert ([f.entry for f in end.frames], end.cpu.guest, end.cpu.rsp, end.cpu.nmi_since) == ([0], True, None, 0)
-
-
 # -- returns whose frame is not recorded ----------------------------------------------------------------------------------
 
 RETURN = other(Kind.RETURN)

@@ -263,6 +263,11 @@ static inline void frame_overwritten(struct tdb_frame *f, uint32_t by)
 		f->overwritten_by = by;
 	f->clobbered_by = by;
 }
+/* A guest's event: by its tables, on its stacks. */
+static inline bool in_guest(const struct machine *m, const struct cpu *c)
+{
+	return unlikely(c->s.guest) && m->in->fidelity & TDB_FID_GUESTS;
+}
 static inline bool saved_knows(const struct tdb_frame *f, uint32_t bits) { return (f->saved.known & bits) == bits; }
 
 /* -- rules ---------------------------------------------------------------------------------------------------------- */

@@ -259,6 +259,12 @@ int deliver_apply(struct machine *m, const struct tdb_event *e, uint32_t index)
 		cpu_forget_registers(c);
 		return TDB_OK;
 	}
+	if (in_guest(m, c)) {
+		m->stats.deliveries++;
+		m->stats.unjudged++;
+		cpu_forget_registers(c);
+		return TDB_OK;
+	}
 	cpu_set_registers(c, &rq.at);
 	if (c->s.ring_gap != NONE && ctx_knows(&rq.at, TDB_K_RSP) && c->ring_rsp_known && rq.at.rsp != c->ring_rsp)
 		c->s.ring_gap = NONE;

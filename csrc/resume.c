@@ -417,6 +417,10 @@ int resume_apply(struct machine *m, const struct tdb_event *e, uint32_t index)
 		resume_unseen(m, c, e, index);
 		return TDB_OK;
 	}
+	if (in_guest(m, c)) {
+		cpu_forget_registers(c);
+		return TDB_OK;
+	}
 	if (e->flags & TDB_F_FAULTED) {
 		if (kind == TDB_RET_IRET)
 			resume_faulted(m, c, e, index);

@@ -165,7 +165,8 @@ struct tdb_memory {    /* initial contents */
 enum tdb_fidelity {
 	TDB_FID_RETURNS = 1,    /* every return of every CPU is recorded */
 	TDB_FID_SS_ZEROED = 2,  /* the source zeroes SS on an IST switch (QEMU TCG): no mismatch */
-	TDB_FID_INFERRED = 4    /* the events are inferred from one instant (a dump): no finding is stronger than that */
+	TDB_FID_INFERRED = 4,   /* the events are inferred from one instant (a dump): no finding is stronger than that */
+	TDB_FID_GUESTS = 8      /* from vmentry to vmexit the events are the guest's, by its own tables (Intel PT) */
 };
 
 struct tdb_layout {

@@ -31,6 +31,12 @@ class Deliver(Place):
             cpu.registers_unknown()
             cpu.home = None
             return
+        if cpu.guest and self.guests:
+            self.stats.deliveries += 1
+            self.stats.unjudged += 1
+            cpu.registers_unknown()
+            cpu.home = None
+            return
         cpu.rip, cpu.rsp, cpu.cs, cpu.ss, cpu.rflags = event.rip, event.rsp, event.cs, event.ss, event.rflags
         gap = cpu.ring_gap
         if gap is not None and None not in (gap.rsp, event.rsp) and event.rsp != gap.rsp:

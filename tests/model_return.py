@@ -33,6 +33,10 @@ class Resume(Deliver):
             cpu.home = None
             if cpu.smm:
                 cpu.smm_iret = event.index
+        elif cpu.guest and self.guests:
+            cpu.registers_unknown()
+            cpu.home = None
+            return
         elif event.flags & Flag.FAULTED:
             if event.arg not in (Return.ERETU, Return.ERETS):
                 if self.frame_at(event) is None and self.copied(event, self.popped(event)) is None:

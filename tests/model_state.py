@@ -46,6 +46,7 @@ class State:
         self.nmi_fail_blocks = nmi_fail_blocks
         self.returns_recorded = bool(layout.fidelity & Fidelity.RETURNS)
         self.ss_zeroed = bool(layout.fidelity & Fidelity.SS_ZEROED)
+        self.guests = bool(layout.fidelity & Fidelity.GUESTS)
         self.strongest = Evidence.INFERRED if layout.fidelity & Fidelity.INFERRED else Evidence.RECORDED
         self.tss = [ModelTss(t.base, list(t.rsp), list(t.ist)) for t in layout.tss]
         self.idts = [ModelIdt(i.base, dict(i.gates)) for i in layout.idts]

@@ -91,7 +91,7 @@ class World:
             tables = [CpuTables(t.tss, t.idt, self.make_fred() if r.random() < 0.85 else None) for t in tables]
         if r.random() < 0.05:
             tables.pop()
-        fidelity = Fidelity(r.choice((0, 0, 1, 1, 1, 2, 3)) | (4 if r.random() < 0.1 else 0))
+        fidelity = Fidelity(r.choice((0, 0, 1, 1, 1, 2, 3)) | (4 if r.random() < 0.1 else 0) | (8 if r.random() < 0.2 else 0))
         regions = tuple(x for x in self.make_regions(tsses) if x.lo < x.hi)
         layout = Layout(tuple(tsses), tuple(idts), tuple(tables), regions, fidelity)
         return layout.with_stacks() if r.random() < 0.6 else layout

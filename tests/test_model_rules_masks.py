@@ -108,6 +108,18 @@ def test_an_nmi_that_ended_a_guests_run_on_svm_waits(side: str) -> None:
     assert [f.entry for f in end.frames] == [11]
 
 
+def test_a_guests_events_are_not_the_hosts(side: str) -> None:
+    """Where both are in one stream: its NMI goes by its own tables, its IRET pops its own frame, even at the same addresses."""
+    mixed = layout(fidelity=Fidelity.RETURNS | Fidelity.GUESTS)
+    entry, out = other(Kind.VMENTRY), other(Kind.VMEXIT, arg=0, **KERNEL)
+    guests = [nmi(), fault(14, USER, code=0), NMI_IRET, failed(nmi(), 5)]
+    end = play(side, [nmi(), entry, *guests, out, NMI_IRET, nmi()], mixed)
+    assert list(end.findings) == []
+    assert ([f.entry for f in end.frames], end.cpu.guest) == ([8], False)
+    end = play(side, [nmi(), entry, *guests], mixed)
+    assert ([f.entry for f in end.frames], end.cpu.guest, end.cpu.rsp, end.cpu.nmi_since) == ([0], True, None, 0)
+
+
 # -- returns whose frame is not recorded ----------------------------------------------------------------------------------
 
 RETURN = other(Kind.RETURN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import shutil
 import struct
 import subprocess
 from collections import Counter
@@ -225,7 +226,7 @@ def test_options(read: Opener, tmp_path: Path) -> None:
     read(perf_data(info(), aux(0, 0, SOME))).close()
     path = str(tmp_path / "perf.data")
     with pytest.raises(UsageError, match="one file"):
-        open_inputs([path, path])
+        open_inputs([path, shutil.copy(path, tmp_path / "other")])
 
 
 # -- damage -------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_options(read: Opener, run_cli: Callable[..., Any], tmp_path: Path) -> N
             read(tsc, **options)
     path = tmp_path / "x.dat"
     with pytest.raises(UsageError, match="one file"):
-        open_inputs([str(path), str(path)])
+        open_inputs([str(path), shutil.copy(path, f"{path}.2")])
     path.write_bytes(one(page_of(tick(), SOFT.record(3))).six())
     assert "mark" in run_cli("info", "--keep-marks", path, code=0).stdout
     run_cli("convert", path, "x.tdbg", code=0)

@@ -8,6 +8,7 @@ import json
 import mmap
 import random
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -857,7 +858,7 @@ def test_options(tmp_path: Path, run_cli: Callable[..., Any]) -> None:
     path = tmp_path / "core.elf"
     path.write_bytes(dump(guest, cpu))
     with pytest.raises(UsageError, match="a dump holds all CPUs"):
-        open_inputs([str(path), str(path)])
+        open_inputs([str(path), shutil.copy(path, f"{path}.2")])
     with pytest.raises(UsageError, match="has its own TSS and IDT"):
         read(tmp_path, dump(guest, cpu), ReaderOptions(layout=Layout(tss=(Tss(0x1000),))))
     for option, value in (("--monitor", "x"), ("--cpu-hz", "1G"), ("--vendor", "svm"), ("--stores", "0-1000")):

@@ -382,7 +382,7 @@ def test_options(read: Opener, run_cli: Callable[..., Any], tmp_path: Path) -> N
             read(data, **options)
     path = tmp_path / "x.bin"
     with pytest.raises(UsageError, match="one file"):
-        open_inputs([str(path), str(path)])
+        open_inputs([str(path), shutil.copy(path, f"{path}.2")])
     assert "clock 2,400,000,000 Hz" in run_cli("info", "--cpu-hz", "2.4G", path, code=0).stdout
     run_cli("convert", "--cpu-hz", "2400M", "--vendor", "svm", path, "x.tdbg", code=0)
     assert "clock 2,400,000,000 Hz" in run_cli("info", "x.tdbg", code=0).stdout

@@ -27,6 +27,7 @@ class Fidelity(IntFlag):
     RETURNS = 1
     SS_ZEROED = 2
     INFERRED = 4  # the events are inferred from one instant
+    GUESTS = 8  # from vmentry to vmexit the events are the guest's
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +233,7 @@ class Layout:
                 raise FormatError(path, "layout names a table that it does not hold", offset)
         if any(r.lo >= r.hi or r.kind > REGION_READS or r.slot > SLOT_RSP0 for r in regions):
             raise FormatError(path, "layout holds an impossible region", offset)
-        return cls(tss, idts, cpus, regions, Fidelity(head.fidelity & 7))
+        return cls(tss, idts, cpus, regions, Fidelity(head.fidelity & 15))
 
 
 class _TooMany(ValueError):

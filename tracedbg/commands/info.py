@@ -222,6 +222,8 @@ def _layout(trace: Trace, words: Words) -> Iterator[str]:
         yield "  the events are inferred from one instant: no finding is stronger than that"
     else:
         yield "  returns: " + ("every one is recorded" if layout.fidelity & Fidelity.RETURNS else "not all are recorded")
+    if layout.fidelity & Fidelity.GUESTS:
+        yield "  from VM entry to VM exit the events are the guest's: they are not judged"
     if layout.fidelity & Fidelity.SS_ZEROED:
         yield "  the source zeroes SS on an IST switch (QEMU TCG); hardware does not"
 

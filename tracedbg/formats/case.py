@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from tracedbg.formats import ReaderOptions
 
 MAX_TOML = 8 << 20  # characters of a TOML section
-FIDELITY = {"returns": Fidelity.RETURNS, "ss-zeroed": Fidelity.SS_ZEROED, "inferred": Fidelity.INFERRED}
+FIDELITY = {
+    "returns": Fidelity.RETURNS,
+    "ss-zeroed": Fidelity.SS_ZEROED,
+    "inferred": Fidelity.INFERRED,
+    "guests": Fidelity.GUESTS,
+}
 REGIONS = {"user": REGION_USER, "stack": REGION_STACK, "stores": REGION_STORES, "reads": REGION_READS}
 STACKS = ("added", "listed")
 

@@ -8,6 +8,7 @@ cannot be read. Branches are skipped, so neither the traced code nor a disassemb
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tracedbg import wire
@@ -15,7 +16,7 @@ from tracedbg._decode import ffi, lib
 from tracedbg.errors import FormatError, UsageError
 from tracedbg.formats.pt_stream import RECORD, Clock, Merge, Stream, Texts, counted, fidelity
 from tracedbg.formats.source import Input
-from tracedbg.layout import Layout
+from tracedbg.layout import Fidelity, Layout
 from tracedbg.writer import TraceWriter
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -
     check(inputs[0].path, counts)
     writer.cpus = len(inputs)
     writer.clock_hz = options.cpu_hz
-    writer.layout = (options.layout or Layout()).with_stacks()
+    writer.layout = replace((options.layout or Layout()).with_stacks(), fidelity=Fidelity.GUESTS)
     writer.symbols = options.symbols or writer.symbols
     meta: dict[str, Any] = {
         "source": _source(inputs),

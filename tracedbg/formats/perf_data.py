@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tracedbg import wire
@@ -17,7 +18,7 @@ from tracedbg.formats import intel_pt
 from tracedbg.formats.perf_records import AUX, AUXTRACE_INFO, MAGIC, Chunk, PerfFile, Record, no_trace
 from tracedbg.formats.pt_stream import Clock, Merge, Stream, Texts, counted, fidelity
 from tracedbg.formats.source import Input
-from tracedbg.layout import Layout
+from tracedbg.layout import Fidelity, Layout
 from tracedbg.state import Kind
 from tracedbg.text import clean
 from tracedbg.writer import TraceWriter
@@ -61,7 +62,7 @@ def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -
         counts["unordered"] = reader.merge_late
     writer.cpus = max(stream.cpu for stream in reader.streams) + 1
     writer.clock_hz = options.cpu_hz or reader.info.hz
-    writer.layout = (options.layout or Layout()).with_stacks()
+    writer.layout = replace((options.layout or Layout()).with_stacks(), fidelity=Fidelity.GUESTS)
     writer.symbols = options.symbols or writer.symbols
     meta: dict[str, Any] = {
         "source": {"format": FORMAT, "name": source.name, "sha256": source.sha256, "bytes": source.bytes},

@@ -696,7 +696,7 @@ def test_recognised_and_told(run_cli: Callable[..., Any]) -> None:
         with Input(str(DATA / name)) as source:
             assert recognise(source).name == "ftrace-text"
     said = run_cli("info", DATA / "script.txt", code=0).stdout
-    assert "ftrace-text log\n" in said and "  nmi: nmi_handler comes after a handler ran" in said
+    assert ": ftrace-text\n" in said and "  nmi: nmi_handler comes after a handler ran" in said
     assert "27 deliveries cannot be placed on a stack" in run_cli("replay", DATA / "script.txt", code=3).stdout
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from pt_asm import cfe, psbp, tsc
 from samples import write_race
 
 from tracedbg.commands import common
@@ -67,6 +68,9 @@ def test_one_file_is_not_two_threads(tmp_path: Path) -> None:
     for other in (log, tmp_path / "link", Path(f"{tmp_path}/./qemu.log")):
         with pytest.raises(UsageError, match="is the same file as"):
             open_inputs([str(log), str(other)])
+    (tmp_path / "aux.bin").write_bytes(psbp() + tsc(1000) + cfe(1, 32))
+    with pytest.raises(UsageError, match="is the same file as"):
+        open_inputs([str(tmp_path / "aux.bin")] * 2)
 
 
 def test_packed_twice(tmp_path: Path) -> None:

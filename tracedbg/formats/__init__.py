@@ -71,9 +71,6 @@ def _open_all(paths: Sequence[str]) -> list[Input]:
     try:
         for path in paths:
             inputs.append(Input(path))
-            for other in inputs[:-1]:
-                if inputs[-1].place is not None and inputs[-1].place == other.place:
-                    raise UsageError(f"{path} is the same file as {other.path}")
     except BaseException:
         for source in inputs:
             source.close()

@@ -15,7 +15,7 @@ from tracedbg import wire
 from tracedbg._decode import ffi, lib
 from tracedbg.errors import FormatError, UsageError
 from tracedbg.formats.pt_stream import RECORD, Clock, Merge, Stream, Texts, counted, fidelity
-from tracedbg.formats.source import Input
+from tracedbg.formats.source import Input, refuse_twice
 from tracedbg.layout import Fidelity, Layout
 from tracedbg.writer import TraceWriter
 
@@ -56,6 +56,7 @@ def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -
     """Read streams into the writer. What is damaged or cut short ends in a gap and in META's `damage`."""
     if len(inputs) > wire.MAX_CPUS:
         raise UsageError(f"at most {wire.MAX_CPUS} files, one a CPU")
+    refuse_twice(inputs)
     texts = Texts(writer)
     streams = [Stream(texts, cpu) for cpu in range(len(inputs))]
     if len(inputs) == 1:

@@ -16,7 +16,7 @@ from tracedbg.formats.qemu_patterns import is_log
 from tracedbg.formats.qemu_scan import Scan
 from tracedbg.formats.qemu_stamps import SECOND
 from tracedbg.formats.qemu_text import LogText
-from tracedbg.formats.source import STDIN, Input
+from tracedbg.formats.source import STDIN, Input, refuse_twice
 from tracedbg.layout import Layout
 from tracedbg.writer import TraceWriter
 
@@ -46,6 +46,7 @@ def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions, *
 
     `native` False: without the scanner in C, for the tests to compare.
     """
+    refuse_twice(inputs)
     snapshots, skipped = _snapshots(inputs[0], options)
     events = Events(inputs[0].path, writer, snapshots, options.layout or Layout())
     order = Order(events)

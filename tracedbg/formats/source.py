@@ -7,13 +7,13 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import BinaryIO
 
 import zstandard
 
-from tracedbg.errors import FormatError
+from tracedbg.errors import FormatError, UsageError
 from tracedbg.output import os_error
 
 CHUNK = 1 << 20
@@ -176,6 +176,17 @@ class Input:
         total = self.bytes + len(piece)
         if total > _FREE and total > self.raw_bytes * _MAX_RATIO:
             raise FormatError(self.path, f"expands more than {_MAX_RATIO} times: not a log", self.raw_bytes)
+
+
+def refuse_twice(inputs: Sequence[Input]) -> None:
+    """Refuse a file that is there twice, for readers that take each for a thread or a CPU of its own. Raises UsageError."""
+    seen: dict[tuple[int, int], str] = {}
+    for source in inputs:
+        if source.place is None:
+            continue
+        if source.place in seen:
+            raise UsageError(f"{source.path} is the same file as {seen[source.place]}")
+        seen[source.place] = source.path
 
 
 def _prepend(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 
 HEADERS = {
     "tracedbg._core": ("tdb.h",),
-    "tracedbg._decode": ("decode.h", "merge.h", "xentrace.h", "ftrace.h", "pt.h", "qemu_log.h"),
+    "tracedbg._decode": tuple(f"decode/{name}.h" for name in ("decode", "merge", "xentrace", "ftrace", "pt", "qemu_log")),
 }
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tracedbg import rules, x86
-from tracedbg.formats import case_text, open_input
-from tracedbg.formats.case_text import LineError, shown, split_comment
+from tracedbg.formats import open_input
+from tracedbg.formats.case import text as case_text
+from tracedbg.formats.case.text import LineError, shown, split_comment
 from tracedbg.state import (
     Cause,
     CpuState,

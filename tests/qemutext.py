@@ -6,7 +6,8 @@ import io
 from pathlib import Path
 
 from tracedbg.errors import FormatError
-from tracedbg.formats import ReaderOptions, open_input, qemu_log
+from tracedbg.formats import ReaderOptions, open_input
+from tracedbg.formats.qemu import log as qemu_log
 from tracedbg.formats.source import Input
 from tracedbg.state import Event, Kind
 from tracedbg.trace import Trace

@@ -16,9 +16,14 @@ from samples import LAYOUT, fill_race, write_race
 
 from tracedbg import wire
 from tracedbg.errors import FormatError, UsageError
-from tracedbg.formats import case, case_blocks, case_fields, case_text, case_write, open_input
-from tracedbg.formats.case_events import first_words
-from tracedbg.formats.case_text import CaseText, LineError, from_meta
+from tracedbg.formats import open_input
+from tracedbg.formats.case import blocks as case_blocks
+from tracedbg.formats.case import fields as case_fields
+from tracedbg.formats.case import read as case
+from tracedbg.formats.case import text as case_text
+from tracedbg.formats.case import write as case_write
+from tracedbg.formats.case.events import first_words
+from tracedbg.formats.case.text import CaseText, LineError, from_meta
 from tracedbg.layout import (
     REGION_READS,
     REGION_STORES,

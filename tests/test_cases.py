@@ -11,7 +11,7 @@ from casecheck import ModelView, check, coverage
 from casefile import KINDS, OPTIONS, STATE_FIELDS, Case, load, words_of
 
 from tracedbg.errors import FormatError
-from tracedbg.formats.case_text import LineError
+from tracedbg.formats.case.text import LineError
 from tracedbg.state import Cause, Evidence, FrameStatus, Mismatch, Settle, Shadow
 
 CASES = sorted((Path(__file__).parent / "cases").glob("*.case"))

@@ -16,7 +16,10 @@ import pytest
 
 from tracedbg import wire
 from tracedbg.errors import FormatError, UsageError
-from tracedbg.formats import ReaderOptions, ftrace_exits, ftrace_rows, ftrace_text, open_input, open_inputs, recognise
+from tracedbg.formats import ReaderOptions, open_input, open_inputs, recognise
+from tracedbg.formats.ftrace import exits as ftrace_exits
+from tracedbg.formats.ftrace import rows as ftrace_rows
+from tracedbg.formats.ftrace import text as ftrace_text
 from tracedbg.formats.registry import input_names
 from tracedbg.formats.source import Input
 from tracedbg.state import Event, EventFlag, Kind, Known, Source

@@ -12,7 +12,7 @@ import pytest
 from test_xentrace_model import stream
 
 from tracedbg._decode import ffi
-from tracedbg.formats.xentrace_decode import declaration
+from tracedbg.formats.xentrace.decode import declaration
 
 
 def test_damaged_files_under_sanitizers(root: Path, tmp_path: Path) -> None:
@@ -20,10 +20,10 @@ def test_damaged_files_under_sanitizers(root: Path, tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("no C compiler")
     binary, form = tmp_path / "fuzz_xentrace", tmp_path / "format"
-    sources = [root / "tests/fuzz_xentrace.c", root / "csrc/merge.c", *sorted((root / "csrc").glob("xentrace*.c"))]
+    sources = [root / "tests/fuzz_xentrace.c", root / "csrc/decode/merge.c", *sorted((root / "csrc/decode").glob("xentrace*.c"))]
     command = [
         compiler, "-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=all", f"-I{root}/csrc", "-o", binary, *sources,
+        "-fno-sanitize-recover=all", f"-I{root}/csrc", f"-I{root}/csrc/decode", "-o", binary, *sources,
     ]  # fmt: skip
     subprocess.run(command, check=True, timeout=120)
     form.write_bytes(bytes(ffi.buffer(declaration()[0])))

@@ -17,7 +17,9 @@ from pt_asm import OVF, PSB, PSBEND, cfe, evd, fup, mode, psbp, tip, tsc
 from pt_random import TSC0, Source
 
 from tracedbg.errors import FormatError, UsageError
-from tracedbg.formats import ReaderOptions, intel_pt, open_input, open_inputs, pt_stream
+from tracedbg.formats import ReaderOptions, open_input, open_inputs
+from tracedbg.formats.pt import intel_pt
+from tracedbg.formats.pt import stream as pt_stream
 from tracedbg.layout import Fidelity
 from tracedbg.replay import Replay
 from tracedbg.state import Evidence, Kind, Known, Rule

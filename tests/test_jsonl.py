@@ -21,17 +21,13 @@ from test_case_format import LAYOUTS, MEMORY, METAS, SIZES, bytes_event, deep, n
 
 from tracedbg import wire
 from tracedbg.errors import FormatError, UsageError
-from tracedbg.formats import (
-    ReaderOptions,
-    case,
-    case_fields,
-    jsonl_event,
-    jsonl_fields,
-    jsonl_read,
-    jsonl_write,
-    open_input,
-    recognise,
-)
+from tracedbg.formats import ReaderOptions, open_input, recognise
+from tracedbg.formats.case import fields as case_fields
+from tracedbg.formats.case import read as case
+from tracedbg.formats.jsonl import event as jsonl_event
+from tracedbg.formats.jsonl import fields as jsonl_fields
+from tracedbg.formats.jsonl import read as jsonl_read
+from tracedbg.formats.jsonl import write as jsonl_write
 from tracedbg.formats.source import Input
 from tracedbg.layout import Layout
 from tracedbg.state import EventFlag, Kind, Known, Source

@@ -20,8 +20,9 @@ from pt_asm import cfe, fup, mtc, psbp, tma, tsc
 from pt_random import recording
 
 from tracedbg.errors import FormatError, UsageError
-from tracedbg.formats import open_input, open_inputs, perf_records
-from tracedbg.formats import perf_data as reader
+from tracedbg.formats import open_input, open_inputs
+from tracedbg.formats.pt import perf_data as reader
+from tracedbg.formats.pt import perf_records
 from tracedbg.formats.source import Input
 from tracedbg.state import Kind, Known
 from tracedbg.trace import Event, Trace

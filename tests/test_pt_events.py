@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from pt_asm import OVF, PSB, PSBEND, STOP, cfe, cyc, evd, fup, mode, mtc, pgd, pge, pip, psbp, tip, tma, tnt, tsc
 
-from tracedbg.formats.pt_stream import Clock, Stream, Texts
+from tracedbg.formats.pt.stream import Clock, Stream, Texts
 from tracedbg.state import EventFlag, Kind, Known
 from tracedbg.trace import Event, Trace
 from tracedbg.writer import TraceWriter, build

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tracedbg.errors import FormatError
-from tracedbg.formats import qemu_monitor
-from tracedbg.formats.qemu_monitor import parse
+from tracedbg.formats.qemu import monitor as qemu_monitor
+from tracedbg.formats.qemu.monitor import parse
 from tracedbg.layout import SLOT_RSP0, Gate
 
 DATA = Path(__file__).parent / "data" / "qemu"

@@ -16,8 +16,8 @@ from qemutext import DATA, block, event, head, native_trace, tail
 
 from tracedbg import _decode, wire
 from tracedbg.formats import source
-from tracedbg.formats.qemu_scan import Scan
-from tracedbg.formats.qemu_text import LogText
+from tracedbg.formats.qemu.scan import Scan
+from tracedbg.formats.qemu.text import LogText
 from tracedbg.state import Kind
 from tracedbg.trace import Trace
 

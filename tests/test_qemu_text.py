@@ -8,7 +8,8 @@ from typing import Any
 
 from qemutext import DATA, block, deliveries, event, events, head, read_bytes, tail
 
-from tracedbg.formats import ReaderOptions, open_input, open_inputs, qemu_text
+from tracedbg.formats import ReaderOptions, open_input, open_inputs
+from tracedbg.formats.qemu import text as qemu_text
 from tracedbg.state import EventFlag, Kind, Known
 
 # -- CPUs --------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from qemutext import DATA, block, deliveries, event, events, head, read_bytes, t
 from test_qemu_scan import ordinary, stamped
 
 from tracedbg.formats import open_input
-from tracedbg.formats.qemu_requests import Requests
+from tracedbg.formats.qemu.requests import Requests
 from tracedbg.state import EventFlag, Kind, Known, Source
 
 TRACED = DATA / "traced"

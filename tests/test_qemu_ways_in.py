@@ -20,7 +20,8 @@ from qemutext import ALONE, DATA, deliveries, event, events, head, read_bytes, t
 
 from tracedbg import wire
 from tracedbg.errors import FormatError, UsageError
-from tracedbg.formats import ReaderOptions, open_input, qemu_monitor
+from tracedbg.formats import ReaderOptions, open_input
+from tracedbg.formats.qemu import monitor as qemu_monitor
 from tracedbg.formats.source import Input
 from tracedbg.symbols import Symbols
 

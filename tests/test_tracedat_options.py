@@ -14,7 +14,8 @@ from tracedatcheck import DATA, POINTS, SOFT, VALID, entry, one, page_of, tick, 
 from tracedatfile import Buffer, File
 
 from tracedbg.errors import FormatError, UsageError
-from tracedbg.formats import ReaderOptions, open_input, open_inputs, tracedat_text
+from tracedbg.formats import ReaderOptions, open_input, open_inputs
+from tracedbg.formats.tracedat import text as tracedat_text
 from tracedbg.trace import Trace
 
 Opener = Callable[..., Trace]

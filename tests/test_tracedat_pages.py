@@ -32,7 +32,9 @@ from tracedatcheck import (
 )
 from tracedatfile import HARDIRQ, NMI, PAGE, Buffer, File, Page, Point
 
-from tracedbg.formats import ReaderOptions, open_input, tracedat_decode, tracedat_pages
+from tracedbg.formats import ReaderOptions, open_input
+from tracedbg.formats.tracedat import decode as tracedat_decode
+from tracedbg.formats.tracedat import pages as tracedat_pages
 from tracedbg.state import EventFlag, Kind, Known, Source
 from tracedbg.trace import Trace
 

@@ -20,7 +20,8 @@ from dumpjson import layout_of_dump
 from truth import Delivery, Verdict
 
 from tracedbg import rules
-from tracedbg.formats import ReaderOptions, open_input, open_inputs, qemu_monitor
+from tracedbg.formats import ReaderOptions, open_input, open_inputs
+from tracedbg.formats.qemu import monitor as qemu_monitor
 from tracedbg.layout import Idt, Layout, from_toml
 from tracedbg.replay import Replay
 from tracedbg.state import Cause, Event, Finding, Kind, Rule, Settle, Source, Stats

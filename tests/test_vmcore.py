@@ -43,7 +43,8 @@ from vmcores import (
 )  # fmt: skip
 
 from tracedbg.errors import FormatError, UsageError
-from tracedbg.formats import ReaderOptions, open_input, open_inputs, vmcore
+from tracedbg.formats import ReaderOptions, open_input, open_inputs
+from tracedbg.formats.vmcore import read as vmcore
 from tracedbg.layout import REGION_STACK, Fidelity, Layout, Region, Tss
 from tracedbg.replay import Replay
 from tracedbg.state import Cause, Event, Evidence, Finding, Frame, FrameStatus, Kind, Known, Rule, Source

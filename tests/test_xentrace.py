@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from tracedbg.errors import FormatError, UsageError
-from tracedbg.formats import ReaderOptions, open_input, open_inputs, xentrace, xentrace_decode
+from tracedbg.formats import ReaderOptions, open_input, open_inputs
+from tracedbg.formats.xentrace import decode as xentrace_decode
+from tracedbg.formats.xentrace import read as xentrace
 from tracedbg.state import EventFlag, Kind, Known, Source
 from tracedbg.trace import Event, Trace
 

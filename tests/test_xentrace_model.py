@@ -16,9 +16,9 @@ from xentrace_model import Model
 
 from tracedbg import wire
 from tracedbg._decode import ffi, lib
-from tracedbg.formats import xentrace_decode
-from tracedbg.formats.xentrace_decode import COUNTS, DAMAGE, Decoder, declaration
-from tracedbg.formats.xentrace_events import REASONS, RECORDS, WAITING, Vendor
+from tracedbg.formats.xentrace import decode as xentrace_decode
+from tracedbg.formats.xentrace.decode import COUNTS, DAMAGE, Decoder, declaration
+from tracedbg.formats.xentrace.events import REASONS, RECORDS, WAITING, Vendor
 
 DATA = Path(__file__).parent / "data" / "xentrace"
 IDS = sorted(record.event for record in RECORDS)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import zstandard
 
-from tracedbg.formats import ReaderOptions, open_input, qemu_log
+from tracedbg.formats import ReaderOptions, open_input
+from tracedbg.formats.qemu import log as qemu_log
 from tracedbg.formats.source import Input
 from tracedbg.writer import TraceWriter
 

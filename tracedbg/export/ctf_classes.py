@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-from tracedbg.formats.case_fields import FIELDS, SHAPES, deliver_names
+from tracedbg.formats.case.fields import FIELDS, SHAPES, deliver_names
 from tracedbg.state import EventFlag, Kind, Known
 
 # Where the fields of formats.case_fields.FIELDS stand in an unpacked record (wire.EVENT); those behind them.

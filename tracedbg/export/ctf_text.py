@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from tracedbg import x86
 from tracedbg.export.axis import NANO, Axis
 from tracedbg.export.ctf_classes import EventClass, enum_of
-from tracedbg.formats.case_fields import SHAPES, SOURCES
+from tracedbg.formats.case.fields import SHAPES, SOURCES
 from tracedbg.state import EventFlag
 from tracedbg.text import clean
 

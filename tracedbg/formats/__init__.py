@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from tracedbg import wire
 from tracedbg.errors import FormatError, UsageError
-from tracedbg.formats import qemu_monitor, registry
+from tracedbg.formats import registry
+from tracedbg.formats.qemu import monitor as qemu_monitor
 from tracedbg.formats.registry import NATIVE, Format, ReaderOptions, WriterOptions, output_format
 from tracedbg.formats.source import PACKED, Input
 from tracedbg.output import spool_error

@@ -58,27 +58,27 @@ FORMATS = (
         options=("stores",),
     ),
     Format(
-        "xentrace", "binary file of Xen's xentrace, 3.2 and later", "tracedbg.formats.xentrace", options=("cpu_hz", "vendor")
+        "xentrace", "binary file of Xen's xentrace, 3.2 and later", "tracedbg.formats.xentrace.read", options=("cpu_hz", "vendor")
     ),
-    Format("perf-data", "perf.data with Intel PT and Event Trace", "tracedbg.formats.perf_data", options=("cpu_hz",)),
+    Format("perf-data", "perf.data with Intel PT and Event Trace", "tracedbg.formats.pt.perf_data", options=("cpu_hz",)),
     Format(
-        "trace-dat", "trace.dat of trace-cmd, version 6 and 7 (Linux's own tracing)", "tracedbg.formats.tracedat",
+        "trace-dat", "trace.dat of trace-cmd, version 6 and 7 (Linux's own tracing)", "tracedbg.formats.tracedat.read",
         options=("cpu_hz", "keep_marks"),
     ),
     Format(
-        "vmcore", "ELF dump of QEMU's dump-guest-memory: the frames of one instant", "tracedbg.formats.vmcore"
+        "vmcore", "ELF dump of QEMU's dump-guest-memory: the frames of one instant", "tracedbg.formats.vmcore.read"
     ),
     Format(
-        "case", "text: events, layout, prose and expectations in one file", "tracedbg.formats.case",
-        "tracedbg.formats.case_write", suffixes=(".case",), text=True,
+        "case", "text: events, layout, prose and expectations in one file", "tracedbg.formats.case.read",
+        "tracedbg.formats.case.write", suffixes=(".case",), text=True,
         options=("monitor", "stores"),  # refused by the reader: it has its own layout
     ),
     Format(
-        "jsonl", "text: JSON Lines, a header and then an event a line, for scripts", "tracedbg.formats.jsonl_read",
-        "tracedbg.formats.jsonl_write", suffixes=(".jsonl",), text=True, options=("stores",),
+        "jsonl", "text: JSON Lines, a header and then an event a line, for scripts", "tracedbg.formats.jsonl.read",
+        "tracedbg.formats.jsonl.write", suffixes=(".jsonl",), text=True, options=("stores",),
     ),
     Format(
-        "qemu-int", "log of qemu-system-x86_64 -d int, one file or one a thread", "tracedbg.formats.qemu_log",
+        "qemu-int", "log of qemu-system-x86_64 -d int, one file or one a thread", "tracedbg.formats.qemu.log",
         options=("monitor", "stores"),
     ),
     Format(
@@ -86,10 +86,11 @@ FORMATS = (
         suffixes=(".ctf",), directory=True, parts=(("metadata", b"/* CTF 1.8"), ("*", b"\xc1\x1f\xfc\xc1")),
     ),
     Format(
-        "intel-pt", "raw Intel PT (AUX) data with Event Trace, one file a CPU", "tracedbg.formats.intel_pt", options=("cpu_hz",)
+        "intel-pt", "raw Intel PT (AUX) data with Event Trace, one file a CPU", "tracedbg.formats.pt.intel_pt",
+        options=("cpu_hz",),
     ),
     Format(
-        "ftrace-text", "text of perf script, trace-cmd report, or ftrace's own trace file", "tracedbg.formats.ftrace_text",
+        "ftrace-text", "text of perf script, trace-cmd report, or ftrace's own trace file", "tracedbg.formats.ftrace.text",
         options=("cpu_hz",),
     ),
     Format(

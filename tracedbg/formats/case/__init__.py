@@ -1,0 +1,1 @@
+"""Case files: text, in and out."""

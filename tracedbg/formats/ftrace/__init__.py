@@ -1,0 +1,1 @@
+"""The text of Linux's tracepoints."""

@@ -1,0 +1,1 @@
+"""Intel PT with Event Trace."""

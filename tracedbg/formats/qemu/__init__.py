@@ -1,0 +1,1 @@
+"""Logs of QEMU's -d int, and what its monitor prints."""

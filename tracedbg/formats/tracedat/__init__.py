@@ -1,0 +1,1 @@
+"""trace.dat of trace-cmd."""

@@ -1,0 +1,1 @@
+"""ELF dumps of QEMU."""

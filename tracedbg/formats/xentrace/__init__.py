@@ -1,0 +1,1 @@
+"""Binary traces of Xen's xentrace."""

@@ -121,6 +121,8 @@ def unknown_reasons(trace: Trace, layout: Layout, stats: Stats, lost: int = 0) -
         reasons.append(f"records are missing ({stats.gaps:,} gap{'' if stats.gaps == 1 else 's'})")
     if stats.judged and stats.returns and trace.meta.get("returns") == "unplaced":
         reasons.append("the trace has returns without RSP: which frames they popped is not known")
+    if stats.judged and trace.meta.get("returns") == "none":
+        reasons.append("the trace has neither RSP nor returns: which frames were still in use is not known")
     if lost:
         reasons.append(f"{lost:,} finding{' is' if lost == 1 else 's are'} more than the replay keeps")
     return tuple(reasons)

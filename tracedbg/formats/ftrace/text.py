@@ -164,6 +164,7 @@ class _Reader:
             "tracepoints": dict(sorted(points.seen.items())),
             "fidelity": told,
             "layout": {"origin": "file"} if self.options.layout is not None else {},
+            "returns": "none",  # nor RSP
         }
         if self.guests.found:
             meta["vcpus"] = {

@@ -144,6 +144,7 @@ class _Reader:
             "tracepoints": told,
             "fidelity": self._fidelity(made, hz),
             "layout": {"origin": "file"} if self.options.layout is not None else {},
+            "returns": "none",  # nor RSP
         }  # fmt: skip
         if decoder.vcpus:
             meta["vcpus"] = decoder.vcpus

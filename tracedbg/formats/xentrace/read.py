@@ -79,6 +79,7 @@ def read(inputs: Sequence[Input], writer: TraceWriter, options: ReaderOptions) -
         "counts": {"records": told.records, "windows": told.windows, **_counted(told)},
         "fidelity": _fidelity(decoder, options),
         "layout": {"origin": "file"} if options.layout is not None else {},
+        "returns": "none",  # nor RSP
     }
     if damage:
         meta["damage"] = [f"at {at:#x}: {what}" for at, what in damage]

@@ -122,6 +122,7 @@ async def run(path: Path, size: tuple[int, int]) -> None:
     with Trace.open(path) as trace:
         began = perf_counter()
         app = TimedApp(trace, Words(trace))
+        app.alone = True
         async with app.run_test(size=size) as pilot:
             await pilot.pause(0.01)
             print(f"first paint              {(app.paints[0] - began) * 1e3:.0f} ms, of {trace.count:,} events")

@@ -84,6 +84,7 @@ def run_app(trace: Trace, words: Words, choices: Choices | None = None) -> int:
         raise UsageError(f"{text}; `tracedbg replay TRACE` prints the verdict")
     choices = choices or Choices()
     app = new_app(trace, words, choices, config.load())
+    app.alone = True
     try:
         asyncio.run(_run(app, choices.keys))
     finally:

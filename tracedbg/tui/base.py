@@ -5,6 +5,7 @@ The parts are classes of their own that add actions and panes to `Viewer`; app.p
 
 from __future__ import annotations
 
+import gc
 import signal
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -72,6 +73,9 @@ class Viewer(App[int]):
     CSS_PATH = Path(__file__).with_name("app.tcss")  # absolute: a subclass may live elsewhere
     TITLE = "tracedbg"
     ENABLE_COMMAND_PALETTE = False
+    # The process is there for the viewer: what it begins with stays to the end. A full collection that looks at it, too, takes
+    # longer than a key may.
+    alone = False
     BINDINGS: ClassVar[list[BindingType]] = [
         # The ids are the names of these keys in the user's configuration: they stay.
         Binding("j,down", "step(1)", "forward", show=False, id="forward"),
@@ -152,6 +156,8 @@ class Viewer(App[int]):
         self.query_one("#events").focus()
         self.session.start()
         self._place(self.selected, center=True)
+        if self.alone:
+            self.call_after_refresh(gc.freeze)
 
     def first_theme(self) -> str:
         """The name of the theme to begin with."""

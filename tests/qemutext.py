@@ -85,13 +85,13 @@ def scenario(name: str, options: ReaderOptions | None = None) -> Trace:
     return open_input(str(path if path.exists() else folder / "qemu.log.gz"), options=options)
 
 
-def native_trace(path: Path, *, native: bool) -> bytes | str:
+def native_trace(path: Path, *, native: bool, options: ReaderOptions = ALONE) -> bytes | str:
     """The native trace that a log becomes, with or without the scanner in C; or why it is none."""
     file = io.BytesIO()
     try:
         with Input(str(path)) as source:
             writer = TraceWriter(file)
-            qemu_log.read([source], writer, ALONE, native=native)
+            qemu_log.read([source], writer, options, native=native)
             writer.close()
     except FormatError as error:
         return str(error)

@@ -15,10 +15,11 @@ import zstandard
 from qemutext import DATA, block, event, head, native_trace, tail
 
 from tracedbg import _decode, wire
-from tracedbg.formats import source
+from tracedbg.formats import ReaderOptions, source
 from tracedbg.formats.qemu.scan import Scan
 from tracedbg.formats.qemu.text import LogText
-from tracedbg.state import Kind
+from tracedbg.layout import CpuTables, Gate, Idt, Layout, Tss
+from tracedbg.state import EventFlag, Kind
 from tracedbg.trace import Trace
 
 TURNS = int(os.environ.get("TRACEDBG_QEMU_TURNS", "150"))
@@ -226,6 +227,26 @@ def test_the_recordings_give_the_same_trace_and_every_v_line(name: str, shared: 
         records = bytes(opened.events)
     got = Counter(vector for kind, vector in zip(records[60::64], records[61::64], strict=True) if kind == Kind.DELIVER)
     assert got == Counter(int(v, 16) for v in re.findall(rb": v=([0-9a-f]{2}) e=", data))
+
+
+@pytest.mark.parametrize(("rsp0", "failed"), [(0x110000, False), (0x8600111111111110, True)])
+def test_gp_where_the_event_before_was_delivered(rsp0: int, failed: bool, tmp_path: Path) -> None:
+    """A #GP without error code, at the place of a vector 0x20 from CPL 3: its delivery failed only if RSP0 is not canonical."""
+    tables = Layout(
+        tss=(Tss(0x105100, (rsp0, None, None), (None,) * 8),),
+        idts=(Idt(0x106000, {vector: Gate(0x100000 + vector, 8, 0) for vector in (13, 0x20)}),),
+        cpus=(CpuTables(0, 0),),
+    )
+    text = "".join(event(n, (0x20, 13)[n % 2], 0x1000 + n // 2, 0x9000, cs=0x33) for n in range(40)).encode()
+    (tmp_path / "log").write_bytes(text)
+    options = ReaderOptions(discover=False, layout=tables)
+    got = [native_trace(tmp_path / "log", native=native, options=options) for native in (True, False)]
+    assert got[0] == got[1]
+    assert isinstance(got[0], bytes)
+    (tmp_path / "t.tdbg").write_bytes(got[0])
+    with Trace.open(tmp_path / "t.tdbg") as trace:
+        delivered = [e for e in map(trace.event, range(trace.count)) if e.kind == Kind.DELIVER]
+        assert [bool(e.flags & EventFlag.FAILED) for e in delivered] == [failed, False] * 20
 
 
 def test_the_scanner_refuses_what_it_cannot_trust() -> None:

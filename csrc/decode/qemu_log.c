@@ -29,6 +29,12 @@ static uint8_t source_of(const struct qlog *q, const struct block *b)
 	return b->vector < 32 ? TDB_SRC_EXCEPTION : TDB_SRC_EXTERNAL;
 }
 
+/* Not even with 57-bit linear addresses. */
+static bool never_canonical(uint64_t addr)
+{
+	return addr >= UINT64_C(1) << 56 && addr < UINT64_MAX - (UINT64_C(1) << 56) + 1;
+}
+
 /*
  * Whether the event before on this CPU surely did not fail with this exception at the same place; see Failures.failed() of
  * formats/qemu/failed.py, which decides the rest.
@@ -43,9 +49,11 @@ static bool is_no_failure(const struct qlog *q, const struct qlog_tables *t, con
 		return false;
 	if (cpu->cs != b->cs || cpu->rflags != b->rflags)
 		return true;
-	if ((b->old >= 0 && b->old != UINT32_MAX) || b->vector == 8 ||
-	    (b->vector >= DESCRIPTOR_FIRST && b->vector <= DESCRIPTOR_LAST))
+	if ((b->old >= 0 && b->old != UINT32_MAX) || b->vector == 8)
 		return false;
+	/* Without an error code a delivery raises them for a stack that is not canonical. */
+	if (b->vector >= DESCRIPTOR_FIRST && b->vector <= DESCRIPTOR_LAST)
+		return b->code == 0 && !cpu->soft && !t->odd_top && !never_canonical((cpu->sp & ~UINT64_C(15)) - 1);
 	if (b->vector != 14 || (b->code & FETCH_OR_USER))
 		return true;
 	if ((cpu->cs & 3) == 3 || b->cr2 - cpu->idt < 4096 || b->cr2 - cpu->tr < q->tss_bytes)

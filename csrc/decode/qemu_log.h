@@ -25,6 +25,8 @@ struct qlog_tables {     /* the TR and IDT bases of a register dump, and whose t
 	uint16_t cpu;
 	uint8_t digits;            /* 0: free; else 4 | TR has 16 digits | 2 * IDT has 16 digits */
 	uint8_t tops;              /* how many; more than QLOG_TOPS: they are not here */
+	uint8_t odd_top;           /* a frame may have to begin where no address is canonical */
+	uint8_t reserved[7];
 };
 
 struct qlog_cpu {

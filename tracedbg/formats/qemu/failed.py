@@ -102,6 +102,14 @@ class Failures:
         """The tops of all IST stacks, rounded down to 16 as a delivery does, by each snapshot that knows."""
         return {top & ~15 for tss, _ in self._tables(tr, idt) for top in tss.ist if top is not None}
 
+    def has_odd_top(self, tr: int, idt: int) -> bool:
+        """Whether a frame that goes through a gate to an IST stack or RSP0 can begin at an address that is not canonical."""
+        for tss, table in self._tables(tr, idt):
+            tops = {tss.ist[gate.ist] if gate.ist else tss.rsp[0] for gate in table.gates.values()}
+            if any(_never_canonical((top & ~15) - 1) for top in tops if top is not None):
+                return True
+        return False
+
     def _tables(self, tr: int | None, idt: int | None) -> list[tuple[Tss, Idt]]:
         if tr is None or idt is None:
             return []

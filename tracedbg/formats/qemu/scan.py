@@ -105,6 +105,7 @@ class Scan:
         entry.tops = min(len(tops), lib.QLOG_TOPS + 1)
         for n, top in enumerate(tops[: lib.QLOG_TOPS]):
             entry.top[n] = top
+        entry.odd_top = self._order.events.failures.has_odd_top(tables.tr, tables.idt)
         entry.digits = 4 | (len(tr) == 16) | 2 * (len(idt) == 16)
 
     def _count(self, slot: int) -> None:

@@ -282,6 +282,15 @@ def test_mutations_end_well(tmp_path: Path) -> None:
     assert all(seen[how] > 100 for how in ("error", "partial", "whole"))
 
 
+@pytest.mark.parametrize("size", [4, 6, 8, 15])
+def test_a_head_of_the_aux_data_that_is_cut_is_read_as_far_as_it_goes(size: int, tmp_path: Path) -> None:
+    whole = info()
+    cut = struct.pack("<IHH", 70, 0, 8 + size) + whole[8 : 8 + size]
+    (tmp_path / "x").write_bytes(perf_data(cut, aux(0, 0, SOME)))
+    with open_input(str(tmp_path / "x")) as trace:
+        assert trace.count > 0 and not trace.clock_hz
+
+
 @pytest.mark.slow
 def test_ten_thousand_mutations_of_the_walk_end_well(tmp_path: Path) -> None:
     data, r = recording(3, steps=20), random.Random(8)

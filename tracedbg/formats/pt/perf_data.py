@@ -89,7 +89,8 @@ class _Info:
         kind = int.from_bytes(record.payload[:4], "little")
         if kind != _INTEL_PT:
             raise FormatError(path, f"perf.data with AUX data that are not Intel PT's (type {kind})", record.at)
-        words = struct.unpack_from(f"<{(len(record.payload) - 8) // 8}Q", record.payload, 8)
+        rest = record.payload[8:]
+        words = struct.unpack_from(f"<{len(rest) // 8}Q", rest)
         word = dict(enumerate(words[: _FILTER + 1])).get
         shift, mult = word(_SHIFT, 0), word(_MULT, 0)
         if 0 < mult < 1 << 32 and shift < 64:

@@ -24,7 +24,6 @@ enum dec_status {
 
 struct tdb_event;      /* of tdb.h: 64 bytes */
 
-int dec_abi(void);
 /* cffi: end */
 
 #endif

@@ -263,6 +263,17 @@ def test_the_scanner_refuses_what_it_cannot_trust() -> None:
     assert lib.qlog_scan(state, b"x", 1, 1, out, 1) == 0 == state.used
 
 
+@pytest.mark.parametrize("line", [f"{verb} pc=0000000000101000{rest}" for verb in ("st", "iret-frame") for rest in ("", " va=")])
+def test_lines_of_the_plugin_that_lack_what_they_tell(line: str, tmp_path: Path) -> None:
+    log = event(0, 2, 0x1000, 0x9000) + event(1, 3, 0x2000, 0x8000, i=1) + f"PLG cpu=0 {line}\n" + event(2, 14, 0x3000, 0x7000)
+    got = same(tmp_path / "log", log.encode())
+    assert isinstance(got, bytes)
+    (tmp_path / "t.tdbg").write_bytes(got)
+    with Trace.open(tmp_path / "t.tdbg") as trace:
+        kinds = Counter(trace.event(n).kind for n in range(trace.count))
+        assert kinds[Kind.DELIVER] == 3 and not kinds[Kind.WRITE] and not kinds[Kind.RETURN]
+
+
 def test_many_tables_that_share_a_slot_give_the_same_trace(tmp_path: Path) -> None:
     """More TR bases than the scanner has slots: what it forgets, the reader in Python still knows."""
     bases = [0x100000 + 0x80 * n for n in range(1500)]

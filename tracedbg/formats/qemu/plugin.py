@@ -12,6 +12,7 @@ from tracedbg.state import Kind, Known
 
 _U64 = (1 << 64) - 1
 _VERBS = {b"swapgs": Kind.GS, b"syscall": Kind.SYSCALL, b"sysret": Kind.SYSRET}
+FRAME_FIELDS = 7  # of an iret-frame: its pc, where the frame is, and what it holds
 _RETURN_KNOWN = int(
     Known.RIP | Known.RSP | Known.ADDR | Known.VALUE | Known.RFLAGS | Known.CPU | Known.CS | Known.SS
 )
@@ -37,6 +38,9 @@ class PluginLines:
             self.counts["plugin_early"] += 1
             return
         verb = item.verb
+        if (verb == b"st" and item.fields[1] is None) or (verb == b"iret-frame" and len(item.fields) != FRAME_FIELDS):
+            self.counts["plugin_unread"] += 1
+            return
         if verb == b"st":
             self._store(cpu, item)
             return
